@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: PaliGemma written as ONNX graphs. Installed as `pgfast.export`."""

@@ -1,0 +1,212 @@
+"""The export, top to bottom: read the config, build the graphs, stream the weights, write the manifest, rename into place."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+import pgfast
+from pgfast import bundle
+from pgfast.bundle import Bundle, Dimensions, Limits, Manifest, Source, TokenIds
+from pgfast.errors import ExportError
+
+from . import graphs, weights
+from .checkpoint import CheckpointFolder, locate, read_image_spec
+from .config import PaliGemmaConfig, read_config
+from .layers import Dialect
+
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD}
+PROMPTS = {
+    "answer": "answer {language} {text}",
+    "caption": "caption {language}",
+    "detect": "detect {text}",
+    "segment": "segment {text}",
+    "ocr": "ocr",
+}
+"""The prefixes PaliGemma was pretrained with (big_vision, configs/proj/paligemma/README.md)."""
+TEXT_TOKENS = 128
+"""Most prompt tokens, and most new tokens: the text length of PaliGemma's pretraining."""
+_ALIGN_LARGE, _ALIGN_SMALL = 4096, 64
+"""Byte alignment of tensors: whole pages for those worth mapping into memory."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What to write."""
+
+    precision: str = "fp32"
+    target: str = "cpu"
+    answer_template: str = PROMPTS["answer"]
+    """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
+
+
+def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Progress = lambda done, total: None) -> Manifest:
+    """Write a bundle.
+
+    Args:
+        checkpoint: A local Hugging Face folder, or a Hub id.
+        out: Folder to create; it must not exist.
+        options: Precision, target and prompt.
+        on_progress: Called as weights are written.
+
+    Raises:
+        ExportError: The checkpoint is not usable, `out` exists, or the disk is full. Nothing is left behind.
+        WeightMismatchError: Tensors do not fit the config.
+    """
+    if options.precision not in DTYPES or options.target not in DIALECT_OF:
+        raise ExportError(f"precision is one of {', '.join(DTYPES)}; target is one of {', '.join(DIALECT_OF)}")
+    if "{text}" not in options.answer_template:
+        raise ExportError("the answer template has no {text} for the question")
+    if out.exists():
+        raise ExportError(f"{out} exists: choose another folder or remove it")
+    source = locate(checkpoint)
+    config = read_config(source.path / "config.json")
+    tensors = weights.Checkpoint(source.path)
+    rows = {
+        graphs.VISION_ENCODER: list(weights.vision_rows(config)),
+        graphs.DECODER: list(weights.decoder_rows(config)),
+    }
+    weights.check_weights(tensors, [row for group in rows.values() for row in group], tied=config.text.tied)
+    models = {
+        graphs.VISION_ENCODER: graphs.build_vision_encoder(config, DTYPES[options.precision]),
+        graphs.DECODER: graphs.build_decoder(config, DTYPES[options.precision], DIALECT_OF[options.target]),
+    }
+    manifest = _manifest(config, options, source, models)
+    with _appears_whole(out) as partial:
+        total = sum(_bytes_of(value) for model in models.values() for value in _parameters(model))
+        done = 0
+        for name, model in models.items():
+            done = _write_weights(model, rows[name], tensors, partial / f"{name}.onnx.data", done, total, on_progress)
+            ir.save(model, partial / f"{name}.onnx")
+        _copy_tokenizer(source.path, partial)
+        files = {path.name: bundle.describe_file(path) for path in sorted(partial.iterdir())}
+        manifest = dataclasses.replace(manifest, files=files)
+        (partial / bundle.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        # read it back through the runtime's own checks: what it would refuse never gets a name
+        Bundle.open(partial)
+    return manifest
+
+
+def _manifest(
+    config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder, models: dict[str, ir.Model]
+) -> Manifest:
+    text, p = config.text, config.vision.num_image_tokens
+    room = min(TEXT_TOKENS, (text.max_position_embeddings - p) // 2)
+    return Manifest(
+        format_version=bundle.FORMAT_VERSION,
+        family="paligemma",
+        precision=options.precision,
+        target=options.target,
+        dialect=str(DIALECT_OF[options.target]),
+        dimensions=Dimensions(
+            num_image_tokens=p,
+            **{f.name: getattr(text, f.name) for f in dataclasses.fields(Dimensions) if f.name != "num_image_tokens"},
+        ),
+        image=read_image_spec(source.path, config.vision.image_size),
+        tokens=TokenIds(config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id),
+        prompts=PROMPTS | {"answer": options.answer_template},
+        limits=Limits(prompt_tokens=room, new_tokens=room),
+        graphs={name: graphs.graph_spec(model, f"{name}.onnx") for name, model in models.items()},
+        files={},
+        source=Source(source.name, source.revision),
+        exporter=f"pgfast {pgfast.__version__}",
+    )
+
+
+def _parameters(model: ir.Model) -> list[ir.Value]:
+    """Initializers that come from the table; the builder's own constants already have their value."""
+    return [value for value in model.graph.initializers.values() if value.const_value is None]
+
+
+def _bytes_of(value: ir.Value) -> int:
+    assert value.shape is not None and value.dtype is not None
+    return int(np.prod(value.shape.numpy())) * value.dtype.itemsize
+
+
+def _write_weights(
+    model: ir.Model,
+    rows: Sequence[weights.Row],
+    tensors: weights.Checkpoint,
+    path: Path,
+    done: int,
+    total: int,
+    on_progress: Progress,
+) -> int:
+    """Write the external data file of one graph, one tensor at a time, and point its initializers there."""
+    by_name = {row.parameter: row for row in rows}
+    parameters = _parameters(model)
+    assert {value.name for value in parameters} == set(by_name), "graph and weight table differ"
+    with path.open("wb") as file:
+        for value in parameters:
+            row = by_name[str(value.name)]
+            array = row.transform([tensors.read(name) for name, _ in row.sources])
+            assert value.shape is not None and value.dtype is not None
+            assert array.shape == tuple(value.shape.numpy()), row.parameter
+            data = np.ascontiguousarray(_cast(array, value.dtype, row.parameter))
+            align = _ALIGN_LARGE if data.nbytes >= 2**20 else _ALIGN_SMALL
+            file.write(bytes(-file.tell() % align))
+            offset = file.tell()
+            file.write(memoryview(data).cast("B"))
+            value.const_value = ir.ExternalTensor(
+                path.name, offset, data.nbytes, value.dtype, shape=value.shape, name=str(value.name), base_dir=path.parent
+            )
+            done += data.nbytes
+            on_progress(done, total)
+        file.flush()
+        os.fsync(file.fileno())
+    return done
+
+
+def _cast(array: np.ndarray[Any, Any], dtype: ir.DataType, name: str) -> np.ndarray[Any, Any]:
+    """Convert to the graph's type; a finite weight that fp16 cannot hold is an error, not an infinity."""
+    if dtype is ir.DataType.FLOAT16 and np.abs(array).max() > np.finfo(np.float16).max:
+        raise ExportError(f"{name} holds values beyond fp16's range: export with --precision fp32")
+    return array.astype(dtype.numpy())
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source / bundle.TOKENIZER, target / bundle.TOKENIZER)
+    except FileNotFoundError as error:
+        raise ExportError(f"no {bundle.TOKENIZER} in {source}: save the fast tokenizer with the checkpoint") from error
+
+
+@contextmanager
+def _appears_whole(out: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `out` to write into; it gets its name only when everything is on disk.
+
+    An export that fails removes it; one that is killed leaves a hidden folder without a manifest, which nothing loads.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out} cannot be created: {error.strerror}") from error
+    try:
+        yield partial
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.chmod(0o755)
+        os.rename(partial, out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ExportError(f"the disk of {out.parent} is full: free some space and export again") from error
+        raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

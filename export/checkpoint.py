@@ -1,0 +1,93 @@
+"""Where a checkpoint is: a local folder, or a Hugging Face Hub id that is downloaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgfast.bundle import ImageSpec
+from pgfast.errors import ExportError, MissingDependencyError
+
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*processor_config.json"]
+_RESAMPLING = {2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which Hugging Face writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolder:
+    """A checkpoint on disk."""
+
+    path: Path
+    name: str
+    """What the user called it."""
+    revision: str | None
+    """Commit on the Hub, or None for a local folder."""
+
+
+def locate(checkpoint: str) -> CheckpointFolder:
+    """Find a checkpoint, downloading it if it is not a local folder.
+
+    Raises:
+        ExportError: No such folder, and not a Hub id that can be had.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return CheckpointFolder(path, path.resolve().name, None)
+    if path.exists():
+        raise ExportError(f"{checkpoint} is a file: give the checkpoint's folder")
+    if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
+        raise ExportError(f"{checkpoint} is neither a folder nor a Hub id such as google/paligemma-3b-ft-vqav2-224")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingDependencyError("huggingface-hub", "export") from error
+    try:
+        downloaded = Path(snapshot_download(checkpoint, allow_patterns=_FILES))
+    except HFValidationError as error:
+        raise ExportError(f"{checkpoint} is neither a folder nor a Hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"{checkpoint} cannot be downloaded ({reason}): for a gated model accept its licence and run 'hf auth login'"
+        ) from error
+    return CheckpointFolder(downloaded, checkpoint, downloaded.name)
+
+
+def read_image_spec(folder: Path, image_size: int) -> ImageSpec:
+    """Read how pictures are prepared from `preprocessor_config.json` (or transformers 5's `processor_config.json`).
+
+    Raises:
+        ExportError: Neither file is there, or it asks for something the runtime does not do.
+    """
+    raw = _read_json(folder / "preprocessor_config.json")
+    if raw is None:
+        raw = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
+    if not isinstance(raw, dict):
+        raise ExportError(f"no preprocessor_config.json in {folder}: save the processor with the checkpoint")
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if raw.get(step, True) is not True:
+            raise ExportError(f"preprocessor_config.json has {step} off: only the full SigLIP preprocessing is supported")
+    size = raw.get("size")
+    if size != {"height": image_size, "width": image_size}:
+        raise ExportError(f"preprocessor_config.json says size {size}, config.json says {image_size} x {image_size}")
+    resample = raw.get("resample", 3)
+    if resample not in _RESAMPLING:
+        raise ExportError(f"preprocessor_config.json says resample {resample!r}: only bicubic (3) and bilinear (2) are supported")
+    try:
+        mean, std = [float(x) for x in raw["image_mean"]], [float(x) for x in raw["image_std"]]
+        factor = float(raw.get("rescale_factor", 1 / 255))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(f"preprocessor_config.json: image_mean, image_std or rescale_factor is unusable ({error})") from error
+    return ImageSpec(image_size, mean, std, factor, _RESAMPLING[resample])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path.name} cannot be read: {error}") from error

@@ -1,0 +1,199 @@
+"""`config.json` of a Hugging Face PaliGemma checkpoint as frozen dataclasses.
+
+Hugging Face writes only what differs from its defaults, so the fallbacks below repeat transformers' defaults (a test
+compares them). A key that is neither read nor known to be harmless is an error: it could change the function.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgfast.errors import ExportError
+
+VISION_DEFAULTS: dict[str, Any] = {
+    "image_size": 224,
+    "patch_size": 16,
+    "num_channels": 3,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+"""Defaults of transformers' SiglipVisionConfig."""
+TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+"""Defaults of transformers' GemmaConfig."""
+ROPE_THETA = 10000.0
+
+_HARMLESS = {
+    # said elsewhere, or about training, storage and generation settings only
+    *("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype", "model_type", "use_cache"),
+    *("attention_dropout", "initializer_range", "_attn_implementation_autoset", "return_dict", "output_attentions"),
+    *("output_hidden_states", "vocab_size", "ignore_index", "hidden_size", "projection_dim", "num_image_tokens"),
+    *("projector_hidden_act", "is_encoder_decoder", "cache_implementation", "id2label", "label2id", "_vocab_size"),
+    *("chunk_size_feed_forward", "problem_type", "hidden_activation", "tie_word_embeddings", "rope_theta"),
+    *("rope_parameters", "rope_scaling", "vision_use_head", "use_bidirectional_attention", "quantization_config"),
+    *("pad_token_id", "eos_token_id", "bos_token_id", "image_token_index", "image_token_id", "text_config", "vision_config"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """The SigLIP tower."""
+
+    image_size: int
+    patch_size: int
+    num_channels: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_eps: float
+
+    @property
+    def num_image_tokens(self) -> int:
+        """P: one token per patch."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch."""
+        return self.num_channels * self.patch_size**2
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """The Gemma decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tied: bool
+    """The vocabulary head is the embedding itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaliGemmaConfig:
+    """Everything the graphs and the manifest need from `config.json`."""
+
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+def read_config(path: Path) -> PaliGemmaConfig:
+    """Read `config.json`.
+
+    Raises:
+        ExportError: Not a PaliGemma config, or one that says something this exporter does not know.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExportError(f"no config.json in {path.parent}: not a Hugging Face checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from error
+    return parse_config(raw)
+
+
+def parse_config(raw: Any) -> PaliGemmaConfig:
+    """Turn the parsed `config.json` into a `PaliGemmaConfig` (raises as `read_config`)."""
+    if not isinstance(raw, dict) or raw.get("model_type") != "paligemma":
+        kind = raw.get("model_type", "nothing") if isinstance(raw, dict) else type(raw).__name__
+        raise ExportError(f"not a PaliGemma checkpoint: config.json says model_type {kind!r}")
+    vision_raw, text_raw = raw.get("vision_config") or {}, raw.get("text_config") or {}
+    if not isinstance(vision_raw, dict) or not isinstance(text_raw, dict):
+        raise ExportError("config.json: vision_config and text_config must be objects")
+    _refuse_unknown("config.json", raw, set())
+    _refuse_unknown("vision_config", vision_raw, set(VISION_DEFAULTS))
+    _refuse_unknown("text_config", text_raw, set(TEXT_DEFAULTS))
+    vision, text = VISION_DEFAULTS | vision_raw, TEXT_DEFAULTS | text_raw
+    _require("text_config.model_type", text_raw.get("model_type", "gemma"), "gemma")
+    _require("vision_config.model_type", vision_raw.get("model_type", "siglip_vision_model"), "siglip_vision_model")
+    _require("vision_config.hidden_act", vision["hidden_act"], "gelu_pytorch_tanh")
+    _require("vision_config.vision_use_head", vision_raw.get("vision_use_head", False), False)
+    # transformers reads hidden_activation first and falls back to the tanh form; early checkpoints say hidden_act "gelu"
+    _require("text_config.hidden_activation", text.get("hidden_activation") or "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    _require("text_config.attention_bias", text["attention_bias"], False)
+    _require("quantization_config", raw.get("quantization_config"), None)
+    config = PaliGemmaConfig(
+        vision=VisionConfig(**{key: vision[key] for key in VisionConfig.__dataclass_fields__}),
+        text=TextConfig(
+            **{key: text[key] for key in TextConfig.__dataclass_fields__ if key not in ("rope_theta", "tied")},
+            rope_theta=_rope_theta(text),
+            tied=bool(raw.get("tie_word_embeddings", True)),
+        ),
+        image_token_id=raw.get("image_token_index", raw.get("image_token_id", 256000)),
+        **{key: raw[key] if raw.get(key) is not None else text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    _check(config)
+    return config
+
+
+def _refuse_unknown(where: str, raw: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(raw) - known - _HARMLESS)
+    if unknown:
+        raise ExportError(f"{where} has keys this exporter does not know, they could change the model: {', '.join(unknown)}")
+
+
+def _require(what: str, value: Any, wanted: Any) -> None:
+    if value != wanted:
+        raise ExportError(f"{what} is {value!r}: only {wanted!r} is supported")
+
+
+def _rope_theta(text: dict[str, Any]) -> float:
+    """The base of the rotary embedding, from either place where transformers has written it."""
+    rope = text.get("rope_parameters") or {}
+    _require("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
+    _require("text_config.rope_scaling", text.get("rope_scaling"), None)
+    return float(rope.get("rope_theta", text.get("rope_theta", ROPE_THETA)))
+
+
+def _check(config: PaliGemmaConfig) -> None:
+    """Refuse numbers that no model can have."""
+    for name, part in (("vision_config", config.vision), ("text_config", config.text)):
+        for key in part.__dataclass_fields__:
+            value = getattr(part, key)
+            if not isinstance(value, int | float) or (value <= 0 and key != "tied"):
+                raise ExportError(f"{name}.{key} is {value!r}: a positive number is needed")
+    for key in ("image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if not isinstance(getattr(config, key), int):
+            raise ExportError(f"config.json: {key} is {getattr(config, key)!r}, an integer is needed")
+    vision, text = config.vision, config.text
+    if vision.image_size % vision.patch_size:
+        raise ExportError(f"image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
+    if vision.hidden_size % vision.num_attention_heads:
+        raise ExportError("vision_config.hidden_size is not a multiple of num_attention_heads")
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise ExportError("text_config.num_attention_heads is not a multiple of num_key_value_heads")
+    if text.max_position_embeddings < vision.num_image_tokens + 32:
+        raise ExportError("max_position_embeddings leaves no room for a prompt behind the image")

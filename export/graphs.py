@@ -1,0 +1,85 @@
+"""The two graphs of a bundle: their inputs, outputs and symbolic dimensions are declared here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from pgfast.bundle import GraphSpec
+
+from .config import PaliGemmaConfig
+from .gemma import Decoder
+from .layers import IR_VERSION, OPSET, ORT_DOMAIN, Dialect
+from .siglip import VisionEncoder
+
+VISION_ENCODER, DECODER = "vision_encoder", "decoder"
+
+
+def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def _graph(name: str, inputs: list[ir.Value]) -> ir.Graph:
+    return ir.Graph(inputs, [], nodes=[], name=name, opset_imports={"": OPSET})
+
+
+def _finish(graph: ir.Graph, outputs: dict[str, tuple[ir.Value, ir.DataType, Sequence[int | str]]]) -> ir.Model:
+    for name, (value, dtype, shape) in outputs.items():
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        graph.outputs.append(value)
+    if any(node.domain == ORT_DOMAIN for node in graph):
+        graph.opset_imports[ORT_DOMAIN] = 1
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="pgfast")
+
+
+def build_vision_encoder(config: PaliGemmaConfig, dtype: ir.DataType) -> ir.Model:
+    """`pixel_values` float32 [B, 3, R, R] to `image_features` [B, P, D]; both dialects share it."""
+    vision = config.vision
+    size = vision.image_size
+    pixel_values = _value("pixel_values", ir.DataType.FLOAT, ["B", vision.num_channels, size, size])
+    graph = _graph(VISION_ENCODER, [pixel_values])
+    features = VisionEncoder(config, dtype)(GraphBuilder(graph).op, pixel_values)
+    return _finish(graph, {"image_features": (features, dtype, ["B", vision.num_image_tokens, config.text.hidden_size])})
+
+
+def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect) -> ir.Model:
+    """Prompt and decoding in one graph (`Decoder.forward` says what goes in and out)."""
+    text = config.text
+    int64 = ir.DataType.INT64
+    cache_shape = ["B", text.num_key_value_heads, "T", text.head_dim]
+    input_ids = _value("input_ids", int64, ["B", "S"])
+    image_features = _value("image_features", dtype, ["B", "P", text.hidden_size])
+    write_indices = _value("write_indices", int64, ["B"])
+    kv_lengths = _value("kv_lengths", int64, ["B"])
+    past = [
+        (_value(f"past_key_values.{i}.key", dtype, cache_shape), _value(f"past_key_values.{i}.value", dtype, cache_shape))
+        for i in range(text.num_hidden_layers)
+    ]
+    inputs = [input_ids, image_features, write_indices, kv_lengths, *(value for pair in past for value in pair)]
+    graph = _graph(DECODER, inputs)
+    module = Decoder(text, dtype, dialect)
+    logits, token, logprob, present = module(GraphBuilder(graph).op, input_ids, image_features, write_indices, kv_lengths, past)
+    outputs: dict[str, tuple[ir.Value, ir.DataType, Sequence[int | str]]] = {
+        "logits": (logits, ir.DataType.FLOAT, ["B", text.vocab_size]),
+        "next_token": (token, int64, ["B", 1]),
+        "next_token_logprob": (logprob, ir.DataType.FLOAT, ["B", 1]),
+    }
+    for i, (key, value) in enumerate(present):
+        outputs[f"present.{i}.key"] = (key, dtype, cache_shape)
+        outputs[f"present.{i}.value"] = (value, dtype, cache_shape)
+    return _finish(graph, outputs)
+
+
+def graph_spec(model: ir.Model, file: str) -> GraphSpec:
+    """Describe a graph for the manifest."""
+    inputs = {str(value.name): _describe(value) for value in model.graph.inputs}
+    return GraphSpec(file, inputs, {str(value.name): _describe(value) for value in model.graph.outputs})
+
+
+def _describe(value: ir.Value) -> str:
+    """Type and shape as text, for example `float16[B, 256, 2048]`."""
+    assert value.dtype is not None and value.shape is not None
+    dims = ", ".join(str(dim.value) if isinstance(dim, ir.SymbolicDim) else str(dim) for dim in value.shape)
+    return f"{value.dtype.numpy().name}[{dims}]"

@@ -1,0 +1,196 @@
+"""From checkpoint tensors to graph initializers: one mapping table, read one tensor at a time, strict both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgfast.errors import ExportError, WeightMismatchError
+
+from .config import PaliGemmaConfig, TextConfig, VisionConfig
+from .gemma import rotary_tables
+
+Array = NDArray[Any]
+
+_LAYOUTS = (
+    # transformers has written the same tensors under these prefixes; the right-hand side is the name used below
+    (re.compile(r"^model\.(?=vision_tower|multi_modal_projector|language_model)"), ""),
+    (re.compile(r"^language_model\.model\."), "language_model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
+)
+_BUFFERS = re.compile(r"\.(position_ids|inv_freq)$")
+"""Not weights: older versions saved them, and they follow from the config."""
+EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
+
+
+class Checkpoint:
+    """The safetensors files of a checkpoint folder, read lazily.
+
+    Args:
+        folder: Holds `model.safetensors`, or several files with `model.safetensors.index.json`.
+
+    Raises:
+        ExportError: There are no safetensors, or one is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # numpy learns the name "bfloat16" from this import
+        import ml_dtypes  # noqa: F401
+        from safetensors import SafetensorError, safe_open
+
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ExportError(f"no safetensors in {folder}: pickle checkpoints are not read, save it with save_pretrained")
+        self._where: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise ExportError(f"{file.name} is damaged: {error}") from error
+            for stored in handle.keys():  # noqa: SIM118 (not a dict)
+                name = canonical_name(stored)
+                if name in self._where:
+                    raise WeightMismatchError(f"{file.name} holds {stored} a second time")
+                if not _BUFFERS.search(name):
+                    self._where[name] = (handle, stored)
+
+    def names(self) -> set[str]:
+        """Names of all tensors, in the layout of the table below."""
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored; nothing is read."""
+        handle, stored = self._where[name]
+        return tuple(handle.get_slice(stored).get_shape())
+
+    def read(self, name: str) -> Array:
+        """Read one tensor as float32."""
+        handle, stored = self._where[name]
+        return np.asarray(handle.get_tensor(stored)).astype(np.float32, copy=False)
+
+
+def canonical_name(name: str) -> str:
+    """Map a tensor's name in any of transformers' layouts to the one used here."""
+    for pattern, replacement in _LAYOUTS:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One graph initializer and where it comes from."""
+
+    parameter: str
+    """Name in the graph."""
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    """Checkpoint tensors with the shapes the config asks for; none for a computed table."""
+    transform: Callable[[Sequence[Array]], Array]
+
+
+def _copy(tensors: Sequence[Array]) -> Array:
+    return tensors[0]
+
+
+def _transpose(tensors: Sequence[Array]) -> Array:
+    """[out, in] (torch) to [in, out] (MatMul); several are put side by side."""
+    return np.concatenate(tensors, axis=0).T
+
+
+def _concat(tensors: Sequence[Array]) -> Array:
+    return np.concatenate(tensors, axis=0)
+
+
+def _one_plus(tensors: Sequence[Array]) -> Array:
+    """RMSNorm multiplies by 1 + w (GemmaRMSNorm.forward)."""
+    return tensors[0] + np.float32(1)
+
+
+def _patches(tensors: Sequence[Array]) -> Array:
+    """Convolution kernel [W, C, p, p] to a matrix [C * p * p, W]."""
+    return tensors[0].reshape(len(tensors[0]), -1).T
+
+
+def vision_rows(config: PaliGemmaConfig) -> Iterator[Row]:
+    """Initializers of the vision encoder's graph."""
+    v: VisionConfig = config.vision
+    w, inner, tower = v.hidden_size, v.intermediate_size, "vision_tower"
+    patch = f"{tower}.embeddings.patch_embedding"
+    yield Row(
+        "embedding.projection.weight", ((f"{patch}.weight", (w, v.num_channels, v.patch_size, v.patch_size)),), _patches
+    )
+    yield Row("embedding.projection.bias", ((f"{patch}.bias", (w,)),), _copy)
+    yield Row("embedding.position", ((f"{tower}.embeddings.position_embedding.weight", (v.num_image_tokens, w)),), _copy)
+    for i in range(v.num_hidden_layers):
+        ours, theirs = f"layers.{i}", f"{tower}.encoder.layers.{i}"
+        for norm, source in (("norm1", "layer_norm1"), ("norm2", "layer_norm2")):
+            for part in ("weight", "bias"):
+                yield Row(f"{ours}.{norm}.{part}", ((f"{theirs}.{source}.{part}", (w,)),), _copy)
+        qkv = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
+        yield Row(f"{ours}.attention.qkv.weight", tuple((f"{name}.weight", (w, w)) for name in qkv), _transpose)
+        yield Row(f"{ours}.attention.qkv.bias", tuple((f"{name}.bias", (w,)) for name in qkv), _concat)
+        yield from _linear(f"{ours}.attention.out", f"{theirs}.self_attn.out_proj", w, w)
+        yield from _linear(f"{ours}.fc1", f"{theirs}.mlp.fc1", w, inner)
+        yield from _linear(f"{ours}.fc2", f"{theirs}.mlp.fc2", inner, w)
+    for part in ("weight", "bias"):
+        yield Row(f"post_norm.{part}", ((f"{tower}.post_layernorm.{part}", (w,)),), _copy)
+    yield from _linear("projector", "multi_modal_projector.linear", w, config.text.hidden_size)
+
+
+def decoder_rows(config: PaliGemmaConfig) -> Iterator[Row]:
+    """Initializers of the decoder's graph."""
+    t: TextConfig = config.text
+    d, inner, model = t.hidden_size, t.intermediate_size, "language_model"
+    q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    yield Row("embed_tokens", ((EMBEDDING, (t.vocab_size, d)),), _copy)
+    cos, sin = rotary_tables(t)
+    yield Row("rotary.cos", (), lambda _: cos)
+    yield Row("rotary.sin", (), lambda _: sin)
+    for i in range(t.num_hidden_layers):
+        ours, theirs = f"layers.{i}", f"{model}.layers.{i}"
+        yield Row(f"{ours}.input_norm.weight", ((f"{theirs}.input_layernorm.weight", (d,)),), _one_plus)
+        sources = tuple((f"{theirs}.self_attn.{x}_proj.weight", (rows, d)) for x, rows in (("q", q), ("k", kv), ("v", kv)))
+        yield Row(f"{ours}.attention.qkv.weight", sources, _transpose)
+        yield Row(f"{ours}.attention.out.weight", ((f"{theirs}.self_attn.o_proj.weight", (d, q)),), _transpose)
+        yield Row(f"{ours}.post_attention_norm.weight", ((f"{theirs}.post_attention_layernorm.weight", (d,)),), _one_plus)
+        for part, shape in (("gate", (inner, d)), ("up", (inner, d)), ("down", (d, inner))):
+            yield Row(f"{ours}.mlp.{part}.weight", ((f"{theirs}.mlp.{part}_proj.weight", shape),), _transpose)
+    yield Row("norm.weight", ((f"{model}.norm.weight", (d,)),), _one_plus)
+    if not t.tied:
+        yield Row("lm_head", ((HEAD, (t.vocab_size, d)),), _copy)
+
+
+def _linear(ours: str, theirs: str, size_in: int, size_out: int) -> Iterator[Row]:
+    yield Row(f"{ours}.weight", ((f"{theirs}.weight", (size_out, size_in)),), _transpose)
+    yield Row(f"{ours}.bias", ((f"{theirs}.bias", (size_out,)),), _copy)
+
+
+def check_weights(checkpoint: Checkpoint, rows: Sequence[Row], *, tied: bool) -> None:
+    """Compare the checkpoint with the table before anything is written.
+
+    Raises:
+        WeightMismatchError: Tensors are missing, unexpected, or have another shape than the config says.
+    """
+    wanted = {name: shape for row in rows for name, shape in row.sources}
+    have = checkpoint.names() - ({HEAD} if tied else set())  # a tied head saved all the same is a copy
+    problems = []
+    if missing := sorted(set(wanted) - have):
+        problems.append(f"missing: {_some(missing)}")
+    if extra := sorted(have - set(wanted)):
+        problems.append(f"unexpected: {_some(extra)}")
+    for name in sorted(have & set(wanted)):
+        if checkpoint.shape(name) != wanted[name]:
+            problems.append(f"{name} has shape {list(checkpoint.shape(name))} where config.json asks for {list(wanted[name])}")
+    if problems:
+        raise WeightMismatchError("the checkpoint does not fit its config.json; " + _some(problems, 3, "; "))
+
+
+def _some(items: Sequence[str], most: int = 4, joint: str = ", ") -> str:
+    more = f"{joint}and {len(items) - most} more" if len(items) > most else ""
+    return joint.join(items[:most]) + more

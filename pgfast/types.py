@@ -1,0 +1,76 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How to decode; the defaults are greedy."""
+
+    max_new_tokens: int | None = None
+    """Upper bound on generated tokens; None: the bundle's own limit."""
+    temperature: float = 0.0
+    """0 takes the most probable token each time; above, tokens are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Draw only from the most probable tokens that together hold this much probability."""
+    top_k: int = 0
+    """Draw only from this many most probable tokens; 0: from all."""
+    seed: int | None = None
+    """The same seed gives the same text, alone or in any batch; None: a new draw each time."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds spent on one call; for a batch, on the whole batch."""
+
+    preprocess: float
+    """Decoding, resizing, tokenizing."""
+    vision: float
+    """Vision encoder; 0 when an `EncodedImage` was given."""
+    prefill: float
+    """The prompt's pass, up to the first token."""
+    decode: float
+    """All later tokens."""
+    ttft: float
+    """From the call to the first token."""
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated text."""
+
+    text: str
+    confidence: float
+    """Probability of exactly this answer: the product of its tokens' probabilities under the full softmax."""
+    token_ids: tuple[int, ...]
+    """Generated ids; the last one is `<eos>` when `finish_reason` is "stop" and no stop text was met."""
+    token_logprobs: tuple[float, ...]
+    """Natural log-probability of each id, before temperature, top_p and top_k."""
+    finish_reason: Literal["stop", "length"]
+    """"stop": the model ended the answer, or a stop text was met; "length": max_new_tokens was reached."""
+    choices: dict[str, float] | None
+    """Probability of each choice given that one of them is the answer; None if none were given."""
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """A picture after the vision encoder, to be asked several questions."""
+
+    image_features: NDArray[np.generic]
+    """[1, P, D] in the bundle's compute type."""
+    width: int
+    """Pixels of the picture as it was given."""
+    height: int
+    bundle_id: str
+    """Hash of the vision encoder that made it: another bundle refuses it."""
