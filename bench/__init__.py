@@ -1,0 +1,1 @@
+"""Bundle to figures: how long a user waits. Installed as `pgfast.bench`."""

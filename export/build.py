@@ -53,6 +53,8 @@ class ExportOptions:
     target: str = "cpu"
     answer_template: str = PROMPTS["answer"]
     """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
+    verify: bool = False
+    """Compare the bundle with transformers before it gets its name."""
 
 
 def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Progress = lambda done, total: None) -> Manifest:
@@ -82,11 +84,13 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
         graphs.DECODER: list(weights.decoder_rows(config)),
     }
     weights.check_weights(tensors, [row for group in rows.values() for row in group], tied=config.text.tied)
+    manifest = _manifest(config, options, source)
+    dtype = DTYPES[options.precision]
     models = {
-        graphs.VISION_ENCODER: graphs.build_vision_encoder(config, DTYPES[options.precision]),
-        graphs.DECODER: graphs.build_decoder(config, DTYPES[options.precision], DIALECT_OF[options.target]),
+        graphs.VISION_ENCODER: graphs.build_vision_encoder(config, dtype),
+        graphs.DECODER: graphs.build_decoder(config, dtype, DIALECT_OF[options.target], manifest.cache_length),
     }
-    manifest = _manifest(config, options, source, models)
+    specs = {name: graphs.graph_spec(model, f"{name}.onnx") for name, model in models.items()}
     with _appears_whole(out) as partial:
         total = sum(_bytes_of(value) for model in models.values() for value in _parameters(model))
         done = 0
@@ -95,16 +99,20 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
             ir.save(model, partial / f"{name}.onnx")
         _copy_tokenizer(source.path, partial)
         files = {path.name: bundle.describe_file(path) for path in sorted(partial.iterdir())}
-        manifest = dataclasses.replace(manifest, files=files)
+        manifest = dataclasses.replace(manifest, graphs=specs, files=files)
         (partial / bundle.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         # read it back through the runtime's own checks: what it would refuse never gets a name
-        Bundle.open(partial)
+        written = Bundle.open(partial)
+        if options.verify:
+            from .verify import verify
+
+            manifest = dataclasses.replace(manifest, parity=verify(source.path, written))
+            (partial / bundle.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _manifest(
-    config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder, models: dict[str, ir.Model]
-) -> Manifest:
+def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder) -> Manifest:
+    """Everything but the graphs and the files, which are not written yet."""
     text, p = config.text, config.vision.num_image_tokens
     room = min(TEXT_TOKENS, (text.max_position_embeddings - p) // 2)
     return Manifest(
@@ -121,7 +129,7 @@ def _manifest(
         tokens=TokenIds(config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id),
         prompts=PROMPTS | {"answer": options.answer_template},
         limits=Limits(prompt_tokens=room, new_tokens=room),
-        graphs={name: graphs.graph_spec(model, f"{name}.onnx") for name, model in models.items()},
+        graphs={},
         files={},
         source=Source(source.name, source.revision),
         exporter=f"pgfast {pgfast.__version__}",
@@ -134,8 +142,15 @@ def _parameters(model: ir.Model) -> list[ir.Value]:
 
 
 def _bytes_of(value: ir.Value) -> int:
-    assert value.shape is not None and value.dtype is not None
-    return int(np.prod(value.shape.numpy())) * value.dtype.itemsize
+    shape, dtype = _shape_and_type(value)
+    return int(np.prod(shape) * dtype.itemsize)
+
+
+def _shape_and_type(value: ir.Value) -> tuple[tuple[int, ...], ir.DataType]:
+    """Parameters always have both."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    return tuple(value.shape.numpy()), value.dtype
 
 
 def _write_weights(
@@ -154,16 +169,16 @@ def _write_weights(
     with path.open("wb") as file:
         for value in parameters:
             row = by_name[str(value.name)]
+            shape, dtype = _shape_and_type(value)
             array = row.transform([tensors.read(name) for name, _ in row.sources])
-            assert value.shape is not None and value.dtype is not None
-            assert array.shape == tuple(value.shape.numpy()), row.parameter
-            data = np.ascontiguousarray(_cast(array, value.dtype, row.parameter))
+            assert array.shape == shape, row.parameter
+            data = np.ascontiguousarray(_cast(array, dtype, row.parameter))
             align = _ALIGN_LARGE if data.nbytes >= 2**20 else _ALIGN_SMALL
             file.write(bytes(-file.tell() % align))
             offset = file.tell()
-            file.write(memoryview(data).cast("B"))
+            file.write(data.data)
             value.const_value = ir.ExternalTensor(
-                path.name, offset, data.nbytes, value.dtype, shape=value.shape, name=str(value.name), base_dir=path.parent
+                path.name, offset, data.nbytes, dtype, shape=ir.Shape(shape), name=str(value.name), base_dir=path.parent
             )
             done += data.nbytes
             on_progress(done, total)

@@ -75,7 +75,7 @@ def read_image_spec(folder: Path, image_size: int) -> ImageSpec:
         raise ExportError(f"preprocessor_config.json says size {size}, config.json says {image_size} x {image_size}")
     resample = raw.get("resample", 3)
     if resample not in _RESAMPLING:
-        raise ExportError(f"preprocessor_config.json says resample {resample!r}: only bicubic (3) and bilinear (2) are supported")
+        raise ExportError(f"preprocessor_config.json says resample {resample!r}: only bicubic (3) and bilinear (2) are known")
     try:
         mean, std = [float(x) for x in raw["image_mean"]], [float(x) for x in raw["image_std"]]
         factor = float(raw.get("rescale_factor", 1 / 255))

@@ -145,6 +145,8 @@ def parse_config(raw: Any) -> PaliGemmaConfig:
     _require("text_config.hidden_activation", text.get("hidden_activation") or "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     _require("text_config.attention_bias", text["attention_bias"], False)
     _require("quantization_config", raw.get("quantization_config"), None)
+    # the ids are at the top in older files, in text_config in newer ones
+    ids = {key: raw[key] if raw.get(key) is not None else text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = PaliGemmaConfig(
         vision=VisionConfig(**{key: vision[key] for key in VisionConfig.__dataclass_fields__}),
         text=TextConfig(
@@ -152,8 +154,8 @@ def parse_config(raw: Any) -> PaliGemmaConfig:
             rope_theta=_rope_theta(text),
             tied=bool(raw.get("tie_word_embeddings", True)),
         ),
-        image_token_id=raw.get("image_token_index", raw.get("image_token_id", 256000)),
-        **{key: raw[key] if raw.get(key) is not None else text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        image_token_id=raw["image_token_index"] if "image_token_index" in raw else raw.get("image_token_id", 256000),
+        **ids,
     )
     _check(config)
     return config

@@ -35,7 +35,7 @@ class Positions:
     write_indices: ir.Value | None = None
     """standard: int64 [B], first cache slot to write."""
     mask: ir.Value | None = None
-    """standard: bool [B, 1, 1, T], True on valid slots."""
+    """standard: bool [B, 1, N, T], True on valid slots."""
 
 
 class SelfAttention(nn.Module):
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
         key = op.TensorScatter(past[0], k, p.write_indices, axis=-2)  # [B, K, T, H]
         value = op.TensorScatter(past[1], heads(v, c.num_key_value_heads), p.write_indices, axis=-2)
         # q and k in 4-D, so the head counts are in the shapes; the mask holds for every query
-        y = op.Attention(q, key, value, p.mask, scale=c.head_dim**-0.5, softmax_precision=ir.DataType.FLOAT.value)
+        y = op.Attention(q, key, value, p.mask, scale=c.head_dim**-0.5)
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, q_width]), key, value
 
 
@@ -231,5 +231,7 @@ class Decoder(nn.Module):
         first = op.Unsqueeze(write_indices, [1])  # [B, 1]
         position_ids = op.Add(first, op.Range(0, op.Squeeze(new), 1))  # [B, N]
         # TensorRT's parser ignores Attention's nonpad_kv_seqlen, so the valid length is a mask
-        mask = op.Less(op.Range(0, op.Squeeze(slots), 1), op.Reshape(kv_lengths, [-1, 1, 1, 1]))  # [B, 1, 1, T]
+        valid = op.Less(op.Range(0, op.Squeeze(slots), 1), op.Reshape(kv_lengths, [-1, 1, 1, 1]))  # [B, 1, 1, T]
+        # the same row for every query, written out because ONNX Runtime does not broadcast this axis
+        mask = op.Expand(valid, op.Concat([1, 1], new, [1], axis=0))  # [B, 1, N, T]
         return Positions(cos, sin, position_ids=position_ids, write_indices=write_indices, mask=mask)

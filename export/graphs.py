@@ -17,7 +17,11 @@ from .siglip import VisionEncoder
 VISION_ENCODER, DECODER = "vision_encoder", "decoder"
 
 
-def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+Dims = Sequence[int | str]
+"""Sizes, and names of the sizes that are open."""
+
+
+def _value(name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
@@ -25,7 +29,7 @@ def _graph(name: str, inputs: list[ir.Value]) -> ir.Graph:
     return ir.Graph(inputs, [], nodes=[], name=name, opset_imports={"": OPSET})
 
 
-def _finish(graph: ir.Graph, outputs: dict[str, tuple[ir.Value, ir.DataType, Sequence[int | str]]]) -> ir.Model:
+def _finish(graph: ir.Graph, outputs: dict[str, tuple[ir.Value, ir.DataType, Dims]]) -> ir.Model:
     for name, (value, dtype, shape) in outputs.items():
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         graph.outputs.append(value)
@@ -44,11 +48,16 @@ def build_vision_encoder(config: PaliGemmaConfig, dtype: ir.DataType) -> ir.Mode
     return _finish(graph, {"image_features": (features, dtype, ["B", vision.num_image_tokens, config.text.hidden_size])})
 
 
-def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect) -> ir.Model:
-    """Prompt and decoding in one graph (`Decoder.forward` says what goes in and out)."""
+def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect, cache_length: int) -> ir.Model:
+    """Prompt and decoding in one graph (`Decoder.forward` says what goes in and out).
+
+    TensorRT's cache update wants a fixed number of slots, so the standard dialect has `cache_length` of them; the ort dialect
+    leaves T open.
+    """
     text = config.text
     int64 = ir.DataType.INT64
-    cache_shape = ["B", text.num_key_value_heads, "T", text.head_dim]
+    slots: int | str = cache_length if dialect is Dialect.STANDARD else "T"
+    cache_shape: Dims = ["B", text.num_key_value_heads, slots, text.head_dim]
     input_ids = _value("input_ids", int64, ["B", "S"])
     image_features = _value("image_features", dtype, ["B", "P", text.hidden_size])
     write_indices = _value("write_indices", int64, ["B"])
@@ -61,7 +70,7 @@ def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect)
     graph = _graph(DECODER, inputs)
     module = Decoder(text, dtype, dialect)
     logits, token, logprob, present = module(GraphBuilder(graph).op, input_ids, image_features, write_indices, kv_lengths, past)
-    outputs: dict[str, tuple[ir.Value, ir.DataType, Sequence[int | str]]] = {
+    outputs: dict[str, tuple[ir.Value, ir.DataType, Dims]] = {
         "logits": (logits, ir.DataType.FLOAT, ["B", text.vocab_size]),
         "next_token": (token, int64, ["B", 1]),
         "next_token_logprob": (logprob, ir.DataType.FLOAT, ["B", 1]),
@@ -80,6 +89,7 @@ def graph_spec(model: ir.Model, file: str) -> GraphSpec:
 
 def _describe(value: ir.Value) -> str:
     """Type and shape as text, for example `float16[B, 256, 2048]`."""
-    assert value.dtype is not None and value.shape is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     dims = ", ".join(str(dim.value) if isinstance(dim, ir.SymbolicDim) else str(dim) for dim in value.shape)
     return f"{value.dtype.numpy().name}[{dims}]"

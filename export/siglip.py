@@ -47,9 +47,8 @@ class VisionAttention(nn.Module):
         """[B, P, W] to [B, P, W]."""
         q, k, v = op.Split(self.qkv(op, x), [self._width] * 3, axis=-1, _outputs=3)  # [B, P, W] each
         scale = (self._width // self._heads) ** -0.5
-        y = op.Attention(
-            q, k, v, q_num_heads=self._heads, kv_num_heads=self._heads, scale=scale, softmax_precision=ir.DataType.FLOAT.value
-        )
+        # no softmax_precision: TensorRT's parser refuses it, and every provider's kernel accumulates in fp32 anyway
+        y = op.Attention(q, k, v, q_num_heads=self._heads, kv_num_heads=self._heads, scale=scale)
         return self.out(op, y)
 
 

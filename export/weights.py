@@ -54,7 +54,7 @@ class Checkpoint:
                 handle = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise ExportError(f"{file.name} is damaged: {error}") from error
-            for stored in handle.keys():  # noqa: SIM118 (not a dict)
+            for stored in list(handle.keys()):  # not a dict
                 name = canonical_name(stored)
                 if name in self._where:
                     raise WeightMismatchError(f"{file.name} holds {stored} a second time")
@@ -122,9 +122,7 @@ def vision_rows(config: PaliGemmaConfig) -> Iterator[Row]:
     v: VisionConfig = config.vision
     w, inner, tower = v.hidden_size, v.intermediate_size, "vision_tower"
     patch = f"{tower}.embeddings.patch_embedding"
-    yield Row(
-        "embedding.projection.weight", ((f"{patch}.weight", (w, v.num_channels, v.patch_size, v.patch_size)),), _patches
-    )
+    yield Row("embedding.projection.weight", ((f"{patch}.weight", (w, v.num_channels, v.patch_size, v.patch_size)),), _patches)
     yield Row("embedding.projection.bias", ((f"{patch}.bias", (w,)),), _copy)
     yield Row("embedding.position", ((f"{tower}.embeddings.position_embedding.weight", (v.num_image_tokens, w)),), _copy)
     for i in range(v.num_hidden_layers):
@@ -184,9 +182,11 @@ def check_weights(checkpoint: Checkpoint, rows: Sequence[Row], *, tied: bool) ->
         problems.append(f"missing: {_some(missing)}")
     if extra := sorted(have - set(wanted)):
         problems.append(f"unexpected: {_some(extra)}")
-    for name in sorted(have & set(wanted)):
-        if checkpoint.shape(name) != wanted[name]:
-            problems.append(f"{name} has shape {list(checkpoint.shape(name))} where config.json asks for {list(wanted[name])}")
+    problems += [
+        f"{name} has shape {list(checkpoint.shape(name))} where config.json asks for {list(wanted[name])}"
+        for name in sorted(have & set(wanted))
+        if checkpoint.shape(name) != wanted[name]
+    ]
     if problems:
         raise WeightMismatchError("the checkpoint does not fit its config.json; " + _some(problems, 3, "; "))
 

@@ -118,6 +118,11 @@ class Manifest:
     parity: dict[str, Any] | None = None
     """Report of `pgfast export --verify`."""
 
+    @property
+    def cache_length(self) -> int:
+        """T: key/value slots that the longest answer needs."""
+        return self.dimensions.num_image_tokens + self.limits.prompt_tokens + self.limits.new_tokens
+
     def to_json(self) -> str:
         """Return the file's text."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -223,7 +228,7 @@ def _check(m: Manifest) -> None:
         raise BundleError(f"{MANIFEST}: the image section makes no sense")
     if any(not 0 <= id < m.dimensions.vocab_size for id in (m.tokens.bos, m.tokens.eos, m.tokens.pad)):
         raise BundleError(f"{MANIFEST}: a token id is outside the vocabulary")
-    if m.dimensions.num_image_tokens + m.limits.prompt_tokens + m.limits.new_tokens > m.dimensions.max_position_embeddings:
+    if m.cache_length > m.dimensions.max_position_embeddings:
         raise BundleError(f"{MANIFEST}: the limits exceed the model's {m.dimensions.max_position_embeddings} positions")
     if "answer" not in m.prompts:
         raise BundleError(f"{MANIFEST}: prompts has no template for 'answer'")

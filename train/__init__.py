@@ -1,0 +1,1 @@
+"""Data to fine-tuned checkpoint. Installed as `pgfast.train`."""

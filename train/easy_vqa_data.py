@@ -118,7 +118,7 @@ def move_shapes(images: NDArray[Any], boxes: NDArray[np.int64], rng: np.random.G
         # the background has one colour, so rolling within the shape's room only moves the shape
         down = rng.integers(-top, size - bottom, endpoint=True)
         across = rng.integers(-left, size - right, endpoint=True)
-        moved = np.rot90(np.roll(image, (down, across), axis=(0, 1)), rng.integers(4))
+        moved = np.rot90(np.roll(image, (down, across), axis=(0, 1)), int(rng.integers(4)))
         out[row] = moved[:, ::-1] if rng.integers(2) else moved
     return out
 

@@ -6,6 +6,8 @@ shape. Drawn as they come, a model answers "no" and stays there; `docs/log.md` h
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,7 +37,7 @@ class QuestionSampler:
         self._counts = np.bincount(self._kinds, minlength=len(KINDS))
         order = np.argsort(questions.image_index, kind="stable")
         starts = np.searchsorted(questions.image_index[order], np.arange(len(questions.images) + 1))
-        self._rows_of = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self._rows_of = [order[a:b] for a, b in itertools.pairwise(starts)]
         self._image_index = questions.image_index
 
     def draw(

@@ -26,7 +26,8 @@ def adamw(
     named: Iterable[tuple[str, torch.nn.Parameter]], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only (no norms, biases or embeddings)."""
-    decay, plain = [], []
+    decay: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in named:
         (decay if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -1,6 +1,6 @@
 """A PaliGemma training example as ids, labels and mask (pure numpy: no torch, no processor).
 
-The sequence is `<image>` * P, `<bos>`, prefix, "\\n" | suffix, `<eos>`: everything before the bar attends to itself in
+The sequence is `<image>` * P, `<bos>`, prefix, newline | suffix, `<eos>`: everything before the bar attends to itself in
 both directions, the suffix is causal, and the loss is taken on the suffix alone
 (big_vision, configs/proj/paligemma/transfers/common.py: mask_ar = [0, 0, 1], mask_loss = [0, 0, 1]).
 Transformers' processor changed its mind about each of these between versions, so nothing here depends on it.

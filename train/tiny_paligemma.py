@@ -25,7 +25,7 @@ IMAGE_SIZE, PATCH_SIZE = 64, 8
 
 
 def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Build a word-level tokenizer over the words of `texts`; "\\n" is a token of its own, other white space is dropped."""
+    """Build a word-level tokenizer over the words of `texts`; a newline is a token, other white space is dropped."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)

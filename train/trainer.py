@@ -127,10 +127,10 @@ class TinyRun:
 
     def _update(self, loss: torch.Tensor, module: torch.nn.Module, lr: float) -> None:
         if not torch.isfinite(loss):
-            raise TrainError(f"the loss is {loss.item()} at step {self.step + 1}: the last good state is {self.out / 'state.pt'}")
+            raise TrainError(f"the loss is {loss.item()} at step {self.step + 1}; the last good state is in {self.out}")
         schedule.set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_norm)
         self.optimizer.step()
 

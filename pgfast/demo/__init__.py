@@ -1,0 +1,1 @@
+"""The embedded bundle (`bundle/`) and a picture to try it on."""

@@ -1,0 +1,1 @@
+"""Sessions, cache and token loop: tensors and ids, no text and no pictures."""

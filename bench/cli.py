@@ -1,0 +1,29 @@
+"""`pgfast bench`: how long a user waits."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed; figures are printed, never asserted."""
+
+
+@bench.command()
+@click.option("-m", "--model", metavar="BUNDLE", envvar="PGFAST_MODEL", help="Bundle folder [env: PGFAST_MODEL].")
+@click.option("--runs", default=10, show_default=True, help="Runs of each whole process.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def startup(model: str | None, runs: int, as_json: bool) -> None:
+    """Time `import pgfast`, a whole `pgfast answer`, and a warm `Engine.answer`."""
+    from .startup import measure
+
+    report = measure(model, runs)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{report['machine']}, pgfast {report['pgfast']}, onnxruntime {report['onnxruntime']}, provider {report['provider']}")
+    for name, row in report["milliseconds"].items():
+        print(f"{name:36} median {row['median']:8.1f} ms   p90 {row['p90']:8.1f} ms   min {row['min']:8.1f} ms   n {row['n']}")

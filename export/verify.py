@@ -1,0 +1,131 @@
+"""`--verify`: the bundle against transformers, on pictures and questions made here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgfast.bundle import TOKENIZER, Bundle
+from pgfast.errors import ExportError, MissingDependencyError
+from pgfast.image import to_pixel_values
+from pgfast.prompt import Tokenizer, fill_template
+from pgfast.runtime.model import Model
+from pgfast.runtime.providers import Target
+
+THRESHOLDS = {"fp32": 1e-4, "fp16": 1e-2}
+"""Largest relative error of the first token's logits, |ours - reference| / |reference|."""
+QUESTIONS = ("what is in the picture?", "what color is it?", "is there a person in the picture?", "how many are there?")
+NEW_TOKENS = 8
+
+
+class TransformersReference:
+    """transformers' own forward pass in fp32 with eager attention; nothing is left to its defaults.
+
+    Without `token_type_ids` transformers 5.12 and later prefill causally, so types and positions are always given.
+
+    Args:
+        folder: The checkpoint.
+        image_token_id: Id of `<image>`.
+    """
+
+    def __init__(self, folder: Path, image_token_id: int) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise MissingDependencyError(error.name or "torch", "verify") from error
+        self._torch, self.name = torch, f"transformers {transformers.__version__}, fp32, eager"
+        model_class: Any = transformers.PaliGemmaForConditionalGeneration
+        self._model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self._image_token_id = image_token_id
+
+    def logits(self, pixel_values: NDArray[np.float32], prompt: Sequence[int], generated: Sequence[int] = ()) -> NDArray[Any]:
+        """Recompute everything and return the last position's logits, [V].
+
+        Args:
+            pixel_values: [1, 3, R, R].
+            prompt: `<bos>` to newline; the image tokens are put in front.
+            generated: Tokens after the prompt.
+        """
+        torch = self._torch
+        vision = self._model.config.vision_config
+        num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        ids = torch.tensor([[self._image_token_id] * num_image_tokens + [*prompt, *generated]])
+        types = torch.zeros_like(ids)
+        types[:, num_image_tokens + len(prompt) :] = 1
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=ids,
+                pixel_values=torch.from_numpy(pixel_values),
+                token_type_ids=types,
+                attention_mask=torch.ones_like(ids),
+                position_ids=torch.arange(1, ids.shape[1] + 1)[None],
+                use_cache=False,
+            )
+        result: NDArray[Any] = out.logits[0, -1].float().numpy()
+        return result
+
+
+def relative_error(ours: NDArray[Any], reference: NDArray[Any]) -> float:
+    """|ours - reference| / |reference| in the Euclidean norm."""
+    difference = ours.astype(np.float64) - reference.astype(np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
+
+
+def verify(checkpoint: Path, bundle: Bundle) -> dict[str, Any]:
+    """Compare a bundle with its checkpoint.
+
+    Args:
+        checkpoint: The Hugging Face folder it was exported from.
+        bundle: The bundle; it runs on the CPU, whatever its target.
+
+    Returns:
+        The parity report for the manifest.
+
+    Raises:
+        ExportError: The error is above the precision's threshold, or an fp32 bundle gives another token.
+    """
+    m = bundle.manifest
+    reference = TransformersReference(checkpoint, m.tokens.image)
+    model = Model(bundle, Target("cpu"))
+    decoder = model.decoder
+    tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=m.tokens.bos)
+    errors, same, count = [], 0, 0
+    for picture, question in zip(_pictures(len(QUESTIONS)), QUESTIONS, strict=True):
+        pixels = to_pixel_values(picture, m.image)
+        prompt_text = fill_template(m.prompts["answer"], text=question, language="en")
+        prompt = tokenizer.encode_prompt(prompt_text, max_tokens=m.limits.prompt_tokens)
+        decoder.prompt(model.encode(pixels), [prompt])
+        generated: list[int] = []
+        for _ in range(min(NEW_TOKENS, m.limits.new_tokens)):
+            wanted = reference.logits(pixels, prompt, generated)
+            errors.append(relative_error(decoder.logits[0], wanted))
+            same += int(decoder.logits[0].argmax()) == int(wanted.argmax())
+            count += 1
+            # both continue with the reference's token, so one flipped near-tie is counted once
+            generated.append(int(wanted.argmax()))
+            decoder.step(np.array(generated[-1:]))
+    report = {
+        "reference": reference.name,
+        "positions": count,
+        "max_relative_logit_error": float(f"{max(errors):.3g}"),
+        "mean_relative_logit_error": float(f"{np.mean(errors):.3g}"),
+        "greedy_agreement": round(same / count, 4),
+        "threshold": THRESHOLDS[m.precision],
+    }
+    if max(errors) > THRESHOLDS[m.precision] or (m.precision == "fp32" and same < count):
+        raise ExportError(f"the bundle differs from its checkpoint: {report}")
+    return report
+
+
+def _pictures(count: int) -> list[Any]:
+    """Smooth random colour fields, the same every time."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (count, 5, 7, 3), dtype=np.uint8)
+    return [Image.fromarray(field).resize((301, 217), Image.Resampling.BICUBIC) for field in small]

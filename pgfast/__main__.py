@@ -1,0 +1,5 @@
+"""`python -m pgfast`."""
+
+from pgfast.cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""`pgfast inspect`: what a bundle is, and whether its files are as they were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pgfast.bundle import Bundle, Manifest
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Hash files larger than 64 MiB too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
+def inspect(bundle: Path | None, check: bool, as_json: bool) -> None:
+    """Print the manifest of BUNDLE (by default the embedded one) and check its files."""
+    from pgfast.engine import demo_bundle
+
+    opened = Bundle.open(bundle or demo_bundle(), full_check=check)
+    print(opened.manifest.to_json() if as_json else _summary(opened.manifest, check), end="\n" if not as_json else "")
+
+
+def _summary(m: Manifest, checked: bool) -> str:
+    d = m.dimensions
+    parity = m.parity or {}
+    rows = {
+        "family": f"{m.family}, {m.precision}, for {m.target} ({m.dialect} operators)",
+        "source": f"{m.source.checkpoint}{f' at {m.source.revision}' if m.source.revision else ''}, by {m.exporter}",
+        "picture": f"{m.image.size} x {m.image.size}, {m.image.resampling}, {d.num_image_tokens} tokens",
+        "decoder": f"{d.num_hidden_layers} layers of {d.hidden_size}, {d.num_attention_heads} heads over "
+        f"{d.num_key_value_heads} of {d.head_dim}, vocabulary {d.vocab_size}",
+        "limits": f"{m.limits.prompt_tokens} prompt tokens, {m.limits.new_tokens} new tokens",
+        "prompts": "; ".join(f"{name}: {template!r}" for name, template in m.prompts.items()),
+        "parity": ", ".join(f"{key} {value}" for key, value in parity.items()) or "not verified (export with --verify)",
+    }
+    lines = [f"{name:9}{text}" for name, text in rows.items()]
+    for name, entry in m.files.items():
+        lines.append(f"{name:28}{entry.size:>14,} bytes  sha256 {entry.sha256[:16]}")
+    lines.append("all hashes match" if checked else "all sizes match, hashes of files up to 64 MiB match")
+    return "\n".join(lines)

@@ -1,0 +1,328 @@
+"""`load()` and `Engine`: the only place where pictures, text and tokens meet."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgfast.bundle import TOKENIZER, Bundle, Manifest
+from pgfast.errors import InputError, ProviderError
+from pgfast.image import ImageInput, open_image, to_pixel_values
+from pgfast.prompt import Tokenizer, fill_template
+from pgfast.runtime import generation
+from pgfast.runtime.model import Model
+from pgfast.runtime.providers import Target, candidates, check_available
+from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH = 16
+"""Rows that run through the decoder together; longer batches are cut."""
+
+
+def demo_bundle() -> Path:
+    """Folder of the bundle that ships with the package."""
+    return Path(__file__).parent / "demo" / "bundle"
+
+
+def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: int | None = None, device_id: int = 0) -> Engine:
+    """Load a bundle.
+
+    Args:
+        bundle: Its directory; None loads the small demo model inside the package.
+        provider: auto, cpu, cuda, tensorrt or tensorrt-rtx. `auto` takes the best one that works.
+        threads: CPU threads; None: one per core.
+        device_id: Which GPU.
+
+    Raises:
+        BundleError: The bundle is damaged or incomplete.
+        ProviderError: The provider asked for cannot run here; the message names the missing piece.
+    """
+    opened = Bundle.open(Path(bundle) if bundle is not None else demo_bundle())
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}: at least 1")
+    manifest = opened.manifest
+    failures: list[str] = []
+    for name in candidates(provider, manifest.dialect):
+        target = Target(name, device_id, fp16=manifest.precision == "fp16")
+        try:
+            check_available(name)
+            engine = Engine(opened, target, threads)
+        except ProviderError as error:
+            if provider != "auto":
+                raise
+            failures.append(str(error))
+            continue
+        logger.info("running on %s", name)
+        return engine
+    raise ProviderError("no provider works: " + "; ".join(failures))
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One row of a batch, ready for the decoder."""
+
+    image: EncodedImage
+    prompt: list[int]
+
+
+class Engine:
+    """A loaded bundle; make one with `pgfast.load`. Calls from several threads run one after the other."""
+
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
+        manifest = bundle.manifest
+        self._bundle, self._target = bundle, target
+        self._tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=manifest.tokens.bos)
+        self._model = Model(bundle, target, threads)
+        self._lock = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._bundle.manifest
+
+    @property
+    def provider(self) -> str:
+        """Where the graphs run: cpu, cuda, tensorrt or tensorrt-rtx."""
+        return self._target.name
+
+    def answer(
+        self,
+        image: ImageInput | EncodedImage,
+        question: str,
+        *,
+        choices: Sequence[str] | None = None,
+        language: str = "en",
+        options: GenerateOptions | None = None,
+    ) -> Answer:
+        """Answer a question about a picture.
+
+        Args:
+            image: Path, bytes, `PIL.Image.Image`, uint8 array [H, W, 3], or an `EncodedImage`.
+            question: Plain text; the bundle's template is put around it.
+            choices: Score exactly these answers and return the most probable one.
+            language: Code that the template names, for example `en`.
+            options: How to decode.
+
+        Raises:
+            InputError: The picture, the question or an option cannot be used.
+        """
+        return self._run([(image, self._answer_prompt(question, language))], options, choices)[0]
+
+    def answer_batch(
+        self,
+        questions: Sequence[tuple[ImageInput | EncodedImage, str]],
+        *,
+        language: str = "en",
+        options: GenerateOptions | None = None,
+    ) -> list[Answer]:
+        """Answer many questions, token for token as one by one; a picture object that comes again is encoded once.
+
+        Args:
+            questions: Pairs of picture and question.
+            language: As in `answer`.
+            options: How to decode.
+
+        Raises:
+            InputError: A picture or a question cannot be used; nothing is answered then.
+        """
+        pairs = [(image, self._answer_prompt(question, language)) for image, question in questions]
+        return self._run(pairs, options, None)
+
+    def generate(self, image: ImageInput | EncodedImage, prompt: str, *, options: GenerateOptions | None = None) -> Answer:
+        """Continue a raw prompt, for example `caption en`; no template is put around it (arguments as in `answer`)."""
+        return self._run([(image, prompt)], options, None)[0]
+
+    def stream(self, image: ImageInput | EncodedImage, prompt: str, *, options: GenerateOptions | None = None) -> Iterator[str]:
+        """Continue a raw prompt, yielding pieces of text that add up to the whole (arguments as in `answer`).
+
+        The prompt is checked at once; the model runs while the pieces are taken.
+        """
+        options = self._check_options(options)
+        request = _Request(self.encode_image(image), self._encode_prompt(prompt))
+        return self._stream(request, options)
+
+    def encode_image(self, image: ImageInput | EncodedImage) -> EncodedImage:
+        """Run the vision encoder once, to ask several questions about the picture (`image` as in `answer`)."""
+        return image if isinstance(image, EncodedImage) and self._own(image) else self._encode(image)[0]
+
+    def _run(
+        self,
+        pairs: Sequence[tuple[ImageInput | EncodedImage, str]],
+        options: GenerateOptions | None,
+        choices: Sequence[str] | None,
+    ) -> list[Answer]:
+        start = time.perf_counter()
+        options = self._check_options(options)
+        # texts first: they are cheap to refuse
+        prompts = [self._encode_prompt(prompt) for _, prompt in pairs]
+        choice_ids = [self._encode_choice(choice) for choice in choices] if choices is not None else None
+        if choice_ids is not None and not choice_ids:
+            raise InputError("choices is empty: give at least one answer")
+        preprocess, vision = time.perf_counter() - start, 0.0
+        encoded: dict[int, EncodedImage] = {}
+        for image, _ in pairs:
+            if id(image) in encoded:
+                continue
+            if isinstance(image, EncodedImage) and self._own(image):
+                encoded[id(image)] = image
+            else:
+                encoded[id(image)], seconds = self._encode(image)
+                vision += seconds[1]
+                preprocess += seconds[0]
+        requests = [_Request(encoded[id(image)], prompt) for (image, _), prompt in zip(pairs, prompts, strict=True)]
+        answers: list[Answer] = []
+        for first in range(0, len(requests), MAX_BATCH):
+            part = requests[first : first + MAX_BATCH]
+            with self._lock:
+                if choice_ids is not None and choices is not None:
+                    answers += self._choose(part[0], choices, choice_ids, (start, preprocess, vision))
+                else:
+                    answers += self._generate(part, options, (start, preprocess, vision))
+        return answers
+
+    def _generate(self, requests: list[_Request], options: GenerateOptions, spent: tuple[float, float, float]) -> list[Answer]:
+        start, preprocess, vision = spent
+        clock = generation.Clock()
+        rows: list[generation.Row] = []
+        for rows in self._loop(requests, options, clock):  # noqa: B007 (the last value is wanted)
+            pass
+        timings = Timings(
+            preprocess=preprocess,
+            vision=vision,
+            prefill=clock.first_token - clock.start,
+            decode=clock.end - clock.first_token,
+            ttft=clock.first_token - start,
+            total=time.perf_counter() - start,
+        )
+        return [self._to_answer(row, options, timings) for row in rows]
+
+    def _loop(
+        self, requests: list[_Request], options: GenerateOptions, clock: generation.Clock
+    ) -> Generator[list[generation.Row]]:
+        features = np.concatenate([request.image.image_features for request in requests])  # [B, P, D]
+        return generation.generate(
+            self._model.decoder,
+            features,
+            [request.prompt for request in requests],
+            options,
+            max_new_tokens=options.max_new_tokens or self.manifest.limits.new_tokens,
+            eos_id=self.manifest.tokens.eos,
+            stopped=lambda ids: any(stop in self._tokenizer.decode(ids) for stop in options.stop),
+            clock=clock,
+        )
+
+    def _stream(self, request: _Request, options: GenerateOptions) -> Iterator[str]:
+        given = ""
+        with self._lock, closing(self._loop([request], options, generation.Clock())) as loop:
+            for rows in loop:
+                text = _cut(self._tokenizer.decode(rows[0].token_ids), options.stop)
+                done = rows[0].finish_reason is not None
+                # hold back half a character, and text that could become a stop text
+                safe = text if done else text[: _safe_length(text, options.stop)]
+                if safe.startswith(given) and len(safe) > len(given):
+                    yield safe[len(given) :]
+                    given = safe
+
+    def _choose(
+        self, request: _Request, choices: Sequence[str], choice_ids: list[list[int]], spent: tuple[float, float, float]
+    ) -> list[Answer]:
+        start, preprocess, vision = spent
+        begun = time.perf_counter()
+        scores: list[list[float]] = []
+        for first in range(0, len(choice_ids), MAX_BATCH):
+            part = choice_ids[first : first + MAX_BATCH]
+            scores += generation.score_choices(self._model.decoder, request.image.image_features, request.prompt, part)
+        totals = np.array([sum(score) for score in scores])
+        shares = np.exp(totals - totals.max())
+        best, end = int(totals.argmax()), time.perf_counter()
+        answer = Answer(
+            text=choices[best],
+            confidence=float(np.exp(totals[best])),
+            token_ids=tuple(choice_ids[best]),
+            token_logprobs=tuple(scores[best]),
+            finish_reason="stop",
+            choices=dict(zip(choices, (shares / shares.sum()).tolist(), strict=True)),
+            timings=Timings(preprocess, vision, end - begun, 0.0, end - start, end - start),
+        )
+        return [answer]
+
+    def _to_answer(self, row: generation.Row, options: GenerateOptions, timings: Timings) -> Answer:
+        return Answer(
+            text=_cut(self._tokenizer.decode(row.token_ids), options.stop).strip(),
+            confidence=float(np.exp(sum(row.token_logprobs))),
+            token_ids=tuple(row.token_ids),
+            token_logprobs=tuple(row.token_logprobs),
+            finish_reason="stop" if row.finish_reason == "stop" else "length",
+            choices=None,
+            timings=timings,
+        )
+
+    def _encode(self, image: ImageInput) -> tuple[EncodedImage, tuple[float, float]]:
+        """Encode a picture; also returns the seconds of preprocessing and of the vision encoder."""
+        start = time.perf_counter()
+        picture = open_image(image)
+        pixels = to_pixel_values(picture, self.manifest.image)
+        prepared = time.perf_counter()
+        features = self._model.encode(pixels)
+        seconds = (prepared - start, time.perf_counter() - prepared)
+        return EncodedImage(features, picture.width, picture.height, self._bundle_id), seconds
+
+    @property
+    def _bundle_id(self) -> str:
+        """Tells encoded images of this vision encoder from those of another."""
+        files = sorted(self.manifest.files.items())
+        return "-".join(entry.sha256 for name, entry in files if name.startswith("vision_encoder"))
+
+    def _own(self, image: EncodedImage) -> bool:
+        if image.bundle_id != self._bundle_id:
+            raise InputError("this EncodedImage was made with another bundle: encode the picture again")
+        return True
+
+    def _answer_prompt(self, question: str, language: str) -> str:
+        if not isinstance(question, str) or not question.strip():
+            raise InputError("the question is empty: ask something about the picture")
+        return fill_template(self.manifest.prompts["answer"], text=question.strip(), language=language)
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        return self._tokenizer.encode_prompt(prompt, max_tokens=self.manifest.limits.prompt_tokens)
+
+    def _encode_choice(self, choice: str) -> list[int]:
+        ids = [*self._tokenizer.encode_suffix(choice), self.manifest.tokens.eos]
+        if not choice.strip() or len(ids) > self.manifest.limits.new_tokens:
+            raise InputError(f"the choice {choice[:40]!r} is empty or too long")
+        return ids
+
+    def _check_options(self, options: GenerateOptions | None) -> GenerateOptions:
+        options = options or GenerateOptions()
+        most = self.manifest.limits.new_tokens
+        if options.max_new_tokens is not None and not 1 <= options.max_new_tokens <= most:
+            raise InputError(f"max_new_tokens is {options.max_new_tokens}: this bundle makes 1 to {most}")
+        if not (0 <= options.temperature < float("inf") and 0 < options.top_p <= 1 and options.top_k >= 0):
+            raise InputError("temperature must be at least 0, top_p above 0 and at most 1, top_k at least 0")
+        if any(not stop for stop in options.stop):
+            raise InputError("a stop text is empty")
+        return options
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """Cut the text before the first stop text."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _safe_length(text: str, stops: Sequence[str]) -> int:
+    """How much of an unfinished text can be given out."""
+    length = len(text.rstrip("\ufffd"))
+    for stop in stops:
+        for size in range(min(len(stop) - 1, length), 0, -1):
+            if text[:length].endswith(stop[:size]):
+                length -= size
+                break
+    return length

@@ -1,0 +1,123 @@
+"""A picture as the user has it to `pixel_values`, as the SigLIP processor of transformers (PIL backend) does it."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgfast.bundle import ImageSpec
+from pgfast.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+MAX_PIXELS = 80_000_000
+"""Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO", "JPEG2000")
+"""Formats that decode in-process; Pillow would hand some others (EPS) to an external program."""
+
+ImageInput = Any
+"""Path (str or os.PathLike), bytes, PIL.Image.Image, or uint8 array [H, W, 3]."""
+
+
+def open_image(image: ImageInput) -> PILImage:
+    """Decode a picture to RGB, upright (EXIF orientation applied), transparency on white.
+
+    Args:
+        image: A path, the bytes of a file, a `PIL.Image.Image`, or a uint8 array [H, W, 3].
+
+    Raises:
+        ImageError: Missing, unreadable, truncated, too large, or of another type.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(_check_array(image))
+    if isinstance(image, Image.Image):
+        what, opened = "the picture", image
+    elif isinstance(image, bytes | bytearray | memoryview):
+        what, opened = "the picture", _open(io.BytesIO(image), "the picture")
+    elif isinstance(image, str | os.PathLike):
+        what = os.fspath(image)
+        if not os.path.exists(what):
+            raise ImageError(f"{what} does not exist")
+        if os.path.isdir(what):
+            raise ImageError(f"{what} is a folder, not a picture")
+        opened = _open(what, what)
+    else:
+        raise ImageError(f"a picture is a path, bytes, a PIL image or a uint8 array, not {type(image).__name__}")
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ImageError(f"{what} has {opened.width} x {opened.height} pixels: at most {MAX_PIXELS:,} are accepted")
+    try:
+        # the order matters: orientation is in the metadata that a conversion drops
+        upright = ImageOps.exif_transpose(opened)
+        return _to_rgb(upright)
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them raise
+        raise ImageError(f"{what} is damaged: {_reason(error)}") from error
+
+
+def _open(source: Any, what: str) -> PILImage:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS refuses it in our words
+            return Image.open(source, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{what} is a decompression bomb: at most {MAX_PIXELS:,} pixels are accepted") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{what} is not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF)") from error
+    except Exception as error:
+        raise ImageError(f"{what} cannot be opened: {_reason(error)}") from error
+
+
+def _to_rgb(image: PILImage) -> PILImage:
+    from PIL import Image
+
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256).convert("L")  # 16-bit gray: Pillow would clip, not scale
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ImageError(f"a picture array is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise ImageError(f"the picture has {array.shape[1]} x {array.shape[0]} pixels: at most {MAX_PIXELS:,} are accepted")
+    return np.ascontiguousarray(array)
+
+
+def to_pixel_values(image: PILImage, spec: ImageSpec) -> NDArray[np.float32]:
+    """Squash to a square, scale and normalise.
+
+    Args:
+        image: RGB.
+        spec: Size, resampling, mean and std from the manifest.
+
+    Returns:
+        float32 [1, 3, R, R].
+    """
+    from PIL import Image
+
+    resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[spec.resampling]
+    # resizing on uint8, then scaling, in this order (transformers, image_processing_pil_siglip.py)
+    resized = image.resize((spec.size, spec.size), resample)
+    mean, std, factor = (np.array(value, dtype=np.float32) for value in (spec.mean, spec.std, spec.rescale_factor))
+    pixels: NDArray[np.float32] = (np.asarray(resized, dtype=np.float32) * factor - mean) / std  # [R, R, 3]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])  # [1, 3, R, R]
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

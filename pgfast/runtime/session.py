@@ -1,0 +1,61 @@
+"""Opening a graph: session options, the check against the manifest, and the tensors that are bound to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pgfast.bundle import GraphSpec
+from pgfast.errors import BundleError, ProviderError
+
+from .providers import Shapes, Target, import_onnxruntime, rtx_devices
+
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+
+
+def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | None, shapes: Shapes | None = None) -> Any:
+    """Open one graph on one provider.
+
+    Args:
+        path: The ONNX file.
+        spec: What the manifest says its inputs and outputs are.
+        target: The provider.
+        threads: Threads of one operator on the CPU; None: one per core.
+        shapes: Fixed input shapes, for providers that need them.
+
+    Raises:
+        BundleError: The graph does not load, or is not what the manifest says.
+        ProviderError: The provider was dropped, so that the graph would run elsewhere.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers = target.ort_providers(shapes, _session_name(path, shapes))
+    try:
+        if target.name == "tensorrt-rtx":
+            options.add_provider_for_devices([rtx_devices(ort)[target.device_id]], providers[0][1])
+            session = ort.InferenceSession(str(path), options)
+        else:
+            session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime has a dozen exception types without a common root
+        reason = " ".join(str(error).split())[:300]
+        raise BundleError(f"{path.name} does not load on {target.name}: {reason}") from error
+    if providers[0][0] not in session.get_providers():
+        raise ProviderError(f"{target.name} could not be started for {path.name}: 'pgfast doctor' says what is missing")
+    _check_interface(path, spec, session)
+    return session
+
+
+def _session_name(path: Path, shapes: Shapes | None) -> str:
+    return "_".join([path.stem, *("x".join(map(str, shape)) for shape in (shapes or {}).values())])[:100]
+
+
+def _check_interface(path: Path, spec: GraphSpec, session: Any) -> None:
+    """Compare names, types and shapes with the manifest."""
+    for what, nodes, wanted in (("input", session.get_inputs(), spec.inputs), ("output", session.get_outputs(), spec.outputs)):
+        found = {n.name: f"{_TYPES.get(n.type, n.type)}[{', '.join(str(dim) for dim in n.shape)}]" for n in nodes}
+        if found != wanted:
+            differing = sorted(set(found.items()) ^ set(wanted.items()))[0][0]
+            raise BundleError(f"{path.name}: {what} {differing} is not what the manifest says")
