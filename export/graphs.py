@@ -33,6 +33,8 @@ def _finish(graph: ir.Graph, outputs: dict[str, tuple[ir.Value, ir.DataType, Dim
     for name, (value, dtype, shape) in outputs.items():
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         graph.outputs.append(value)
+    for node in graph:  # the builder notes class and scope of every node, three quarters of a small graph's file
+        node.metadata_props.clear()
     if any(node.domain == ORT_DOMAIN for node in graph):
         graph.opset_imports[ORT_DOMAIN] = 1
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="pgfast")

@@ -29,10 +29,9 @@ class TransformersReference:
 
     Args:
         folder: The checkpoint.
-        image_token_id: Id of `<image>`.
     """
 
-    def __init__(self, folder: Path, image_token_id: int) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             import torch
             import transformers
@@ -41,7 +40,6 @@ class TransformersReference:
         self._torch, self.name = torch, f"transformers {transformers.__version__}, fp32, eager"
         model_class: Any = transformers.PaliGemmaForConditionalGeneration
         self._model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        self._image_token_id = image_token_id
 
     def logits(self, pixel_values: NDArray[np.float32], prompt: Sequence[int], generated: Sequence[int] = ()) -> NDArray[Any]:
         """Recompute everything and return the last position's logits, [V].
@@ -51,20 +49,21 @@ class TransformersReference:
             prompt: `<bos>` to newline; the image tokens are put in front.
             generated: Tokens after the prompt.
         """
-        torch = self._torch
-        vision = self._model.config.vision_config
-        num_image_tokens = (vision.image_size // vision.patch_size) ** 2
-        ids = torch.tensor([[self._image_token_id] * num_image_tokens + [*prompt, *generated]])
-        types = torch.zeros_like(ids)
-        types[:, num_image_tokens + len(prompt) :] = 1
+        torch, base = self._torch, self._model.model
         with torch.inference_mode():
+            features = base.get_image_features(torch.from_numpy(pixel_values)).pooler_output  # [1, P, D]
+            # embeddings rather than ids: a generated token may have the id that stands for image positions
+            text = base.get_input_embeddings()(torch.tensor([[*prompt, *generated]]))
+            embeds = torch.cat([features, text], dim=1)
+            types = torch.zeros(embeds.shape[:2], dtype=torch.long)
+            types[:, features.shape[1] + len(prompt) :] = 1
             out = self._model(
-                input_ids=ids,
-                pixel_values=torch.from_numpy(pixel_values),
+                inputs_embeds=embeds,
                 token_type_ids=types,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(1, ids.shape[1] + 1)[None],
+                attention_mask=torch.ones_like(types),
+                position_ids=torch.arange(1, embeds.shape[1] + 1)[None],
                 use_cache=False,
+                logits_to_keep=1,
             )
         result: NDArray[Any] = out.logits[0, -1].float().numpy()
         return result
@@ -90,7 +89,7 @@ def verify(checkpoint: Path, bundle: Bundle) -> dict[str, Any]:
         ExportError: The error is above the precision's threshold, or an fp32 bundle gives another token.
     """
     m = bundle.manifest
-    reference = TransformersReference(checkpoint, m.tokens.image)
+    reference = TransformersReference(checkpoint)
     model = Model(bundle, Target("cpu"))
     decoder = model.decoder
     tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=m.tokens.bos)

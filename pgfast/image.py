@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that decode in-process; Pillow would hand some others (EPS) to an external program."""
 
 ImageInput = Any
@@ -34,46 +34,56 @@ def open_image(image: ImageInput) -> PILImage:
     Raises:
         ImageError: Missing, unreadable, truncated, too large, or of another type.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(image, np.ndarray):
         return Image.fromarray(_check_array(image))
     if isinstance(image, Image.Image):
-        what, opened = "the picture", image
-    elif isinstance(image, bytes | bytearray | memoryview):
-        what, opened = "the picture", _open(io.BytesIO(image), "the picture")
-    elif isinstance(image, str | os.PathLike):
-        what = os.fspath(image)
-        if not os.path.exists(what):
-            raise ImageError(f"{what} does not exist")
-        if os.path.isdir(what):
-            raise ImageError(f"{what} is a folder, not a picture")
-        opened = _open(what, what)
-    else:
+        return _upright_rgb(image, "the picture")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(image), "the picture")
+    if not isinstance(image, str | os.PathLike):
         raise ImageError(f"a picture is a path, bytes, a PIL image or a uint8 array, not {type(image).__name__}")
-    if opened.width * opened.height > MAX_PIXELS:
-        raise ImageError(f"{what} has {opened.width} x {opened.height} pixels: at most {MAX_PIXELS:,} are accepted")
+    what = os.fspath(image)
     try:
-        # the order matters: orientation is in the metadata that a conversion drops
-        upright = ImageOps.exif_transpose(opened)
-        return _to_rgb(upright)
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them raise
-        raise ImageError(f"{what} is damaged: {_reason(error)}") from error
+        with open(image, "rb") as file:
+            return _decode(file, what)
+    except FileNotFoundError as error:
+        raise ImageError(f"{what} does not exist") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{what} is a folder, not a picture") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{what} cannot be read: {_reason(error)}") from error
 
 
-def _open(source: Any, what: str) -> PILImage:
+def _decode(file: Any, what: str) -> PILImage:
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS refuses it in our words
-            return Image.open(source, formats=_FORMATS)
+            opened = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{what} is a decompression bomb: at most {MAX_PIXELS:,} pixels are accepted") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{what} is not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF)") from error
     except Exception as error:
         raise ImageError(f"{what} cannot be opened: {_reason(error)}") from error
+    return _upright_rgb(opened, what)
+
+
+def _upright_rgb(image: PILImage, what: str) -> PILImage:
+    from PIL import ImageOps
+
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{what} has {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are accepted")
+    try:
+        # the order matters: orientation is in the metadata that a conversion drops
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them raise
+        raise ImageError(f"{what} is damaged: {_reason(error)}") from error
 
 
 def _to_rgb(image: PILImage) -> PILImage:

@@ -1,0 +1,229 @@
+"""Checkpoints that cannot be exported: one clear line, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pgfast.export import build
+from pgfast.export.build import ExportOptions, export
+from pgfast.export.config import TEXT_DEFAULTS, VISION_DEFAULTS, parse_config
+from safetensors.numpy import load_file, save_file
+
+from pgfast.errors import ExportError, PgfastError, WeightMismatchError
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def edit_weights(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def refused(folder: Path, kind: type[PgfastError], message: str, **options: Any) -> None:
+    """The export raises, in one line, and leaves neither the folder nor a temporary one."""
+    out = folder.parent / "out"
+    with pytest.raises(kind, match=message) as caught:
+        export(str(folder), out, ExportOptions(**options))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+NORM = "language_model.model.norm.weight"
+
+
+def test_missing_extra_and_misshaped_tensors_are_named(copy: Path) -> None:
+    edit_weights(copy, lambda tensors: tensors.pop(NORM))
+    refused(copy, WeightMismatchError, r"missing: language_model\.norm\.weight")
+    edit_weights(copy, lambda tensors: tensors.update({NORM: np.zeros(3, np.float32)}))
+    refused(copy, WeightMismatchError, r"norm\.weight has shape \[3\] where config\.json asks for \[48\]")
+    edit_weights(copy, lambda tensors: tensors.update({NORM: np.zeros(48, np.float32), "surprise": np.zeros(1, np.float32)}))
+    refused(copy, WeightMismatchError, "unexpected: surprise")
+
+
+def test_all_problems_come_in_one_message(copy: Path) -> None:
+    edit_weights(copy, lambda tensors: tensors.update({"surprise": tensors.pop(NORM)}))
+    refused(copy, WeightMismatchError, r"missing: .*norm.*unexpected: surprise")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(model_type="llava"), "not a PaliGemma checkpoint: .*'llava'"),
+        (lambda raw: raw["text_config"].update(model_type="gemma3"), "gemma3"),
+        (lambda raw: raw["text_config"].update(sliding_window=64), "sliding_window"),
+        (lambda raw: raw["text_config"].update(attention_bias=True), "attention_bias"),
+        (lambda raw: raw["text_config"].update(hidden_activation="relu"), "relu"),
+        (lambda raw: raw["text_config"].update(rope_parameters={"rope_type": "yarn"}), "yarn"),
+        (lambda raw: raw["vision_config"].update(patch_size=7), "multiple of patch_size"),
+        (lambda raw: raw["vision_config"].update(hidden_size="many"), "hidden_size is 'many'"),
+        (lambda raw: raw["text_config"].update(num_key_value_heads=3), "num_key_value_heads"),
+        (lambda raw: raw.update(text_config=[1]), "must be objects"),
+    ],
+)
+def test_configs_of_other_functions_are_refused(copy: Path, change: Callable[[Any], object], message: str) -> None:
+    edit_json(copy / "config.json", change)
+    refused(copy, ExportError, message)
+
+
+def test_incomplete_folders_say_what_is_missing(copy: Path, tmp_path: Path) -> None:
+    for name, message in (
+        ("tokenizer.json", "no tokenizer.json"),
+        ("preprocessor_config.json", "no preprocessor_config.json"),
+        ("model.safetensors", "no safetensors"),
+        ("config.json", "no config.json"),
+    ):
+        (copy / name).rename(tmp_path.parent / name)
+        refused(copy, ExportError, message)
+        (tmp_path.parent / name).rename(copy / name)
+
+
+def test_damaged_safetensors_are_named(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
+    refused(copy, ExportError, r"model\.safetensors is damaged")
+
+
+def test_another_preprocessing_is_refused(copy: Path) -> None:
+    edit_json(copy / "preprocessor_config.json", lambda raw: raw.update(do_normalize=False))
+    refused(copy, ExportError, "do_normalize")
+    edit_json(copy / "preprocessor_config.json", lambda raw: raw.update(do_normalize=True, resample=1))
+    refused(copy, ExportError, "resample 1")
+    edit_json(copy / "preprocessor_config.json", lambda raw: raw.update(resample=3, size={"height": 99, "width": 99}))
+    refused(copy, ExportError, "99")
+
+
+def test_an_existing_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ExportError, match="exists"):
+        export(str(checkpoint), tmp_path, ExportOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere/at-all", "a/b/c", "/absolute/nowhere"])
+def test_a_name_that_is_no_checkpoint_says_so(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="neither a folder nor a Hub id"):
+        export(name, tmp_path / "out", ExportOptions())
+
+
+def test_a_hub_id_that_cannot_be_downloaded_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ExportError, match="cannot be downloaded"):
+        export("google/paligemma-3b-ft-vqav2-224", tmp_path / "out", ExportOptions())
+
+
+def test_a_hub_id_is_downloaded_and_its_commit_recorded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's client is replaced by one that hands out a local snapshot, as it lies in its cache."""
+    snapshot = Path(shutil.copytree(checkpoint, tmp_path / "snapshots" / "0123abc"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(snapshot))
+    manifest = export("someone/paligemma", tmp_path / "out", ExportOptions())
+    assert (manifest.source.checkpoint, manifest.source.revision) == ("someone/paligemma", "0123abc")
+
+
+def test_a_full_disk_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "_write_weights", full)
+    refused(copy, ExportError, "disk .* is full")
+
+
+def test_an_interrupted_export_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(str(copy), copy.parent / "out", ExportOptions(), interrupt)
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_weights_beyond_fp16_are_refused(copy: Path) -> None:
+    edit_weights(copy, lambda tensors: tensors[NORM].__setitem__(0, 1e6))
+    refused(copy, ExportError, "fp16's range", precision="fp16")
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp12"}, {"target": "tpu"}, {"answer_template": "answer en"}])
+def test_unknown_options_are_refused(copy: Path, options: dict[str, str]) -> None:
+    refused(copy, ExportError, "precision is one of|answer template", **options)
+
+
+def test_verification_fails_above_the_threshold(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgfast.export.verify.THRESHOLDS", {"fp32": 1e-12})
+    refused(copy, ExportError, "differs from its checkpoint", verify=True)
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    from transformers import GemmaConfig, SiglipVisionConfig
+
+    for ours, theirs in ((VISION_DEFAULTS, SiglipVisionConfig()), (TEXT_DEFAULTS, GemmaConfig())):
+        for key, value in ours.items():
+            assert getattr(theirs, key) == value, key
+
+
+PUBLISHED = {
+    "_name_or_path": "final-hf/paligemma-3b-pt-224-main",
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "hidden_size": 2048,
+    "ignore_index": -100,
+    "image_token_index": 257152,
+    "model_type": "paligemma",
+    "pad_token_id": 0,
+    "projection_dim": 2048,
+    "text_config": {
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "model_type": "gemma",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 18,
+        "num_image_tokens": 256,
+        "num_key_value_heads": 1,
+        "torch_dtype": "float32",
+        "vocab_size": 257216,
+    },
+    "torch_dtype": "float32",
+    "transformers_version": "4.41.0.dev0",
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "num_image_tokens": 256,
+        "patch_size": 14,
+        "projection_dim": 2048,
+        "projector_hidden_act": "gelu_fast",
+        "vision_use_head": False,
+    },
+}
+"""config.json as Google published it with paligemma-3b-pt-224."""
+
+
+def test_the_published_config_gives_the_published_dimensions() -> None:
+    config = parse_config(PUBLISHED)
+    assert config.vision.num_image_tokens == 256
+    assert (config.vision.image_size, config.vision.patch_dim) == (224, 588)
+    assert (config.text.head_dim, config.text.max_position_embeddings, config.text.rope_theta) == (256, 8192, 10000.0)
+    assert config.text.tied
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id) == (2, 1, 0, 257152)

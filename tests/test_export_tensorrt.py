@@ -1,0 +1,88 @@
+"""Every standard graph through TensorRT's own parser and builder, which need no GPU (wheel `tensorrt-rtx`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Shape, make_bundle, make_checkpoint
+
+from pgfast.bundle import Bundle, Manifest
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+Profile = dict[str, tuple[int, ...]]
+
+
+@pytest.fixture(scope="module", params=["fp16", "fp32"])
+def standard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Head sizes that TensorRT has fused kernels for (16 to 256, multiples of 8)."""
+    folder = tmp_path_factory.mktemp("tensorrt")
+    checkpoint = make_checkpoint(folder / "checkpoint", Shape(heads=8, kv_heads=1, head_dim=64, tied=request.param == "fp16"))
+    return Bundle.open(make_bundle(checkpoint, folder / "bundle", precision=request.param, dialect="standard"))
+
+
+def build(path: Path, profiles: list[Profile], *, decomposable: bool) -> Any:
+    """Parse and build for Ada (8.9); returns (engine, names of layer types)."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(path)), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    if decomposable:  # there is no fused attention in fp32
+        for layer in layers:
+            if layer.type == trt.LayerType.ATTENTION_INPUT:
+                layer.__class__ = trt.IAttentionInputLayer  # how TensorRT's Python API casts down
+                layer.attention.decomposable = True
+                assert layer.attention.decomposable
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+    return builder.build_serialized_network(network, config), {layer.type.name for layer in layers}
+
+
+def decoder_profile(m: Manifest, image_tokens: int, text_tokens: int) -> Profile:
+    d = m.dimensions
+    shapes: Profile = {
+        "input_ids": (1, text_tokens),
+        "image_features": (1, image_tokens, d.hidden_size),
+        "write_indices": (1,),
+        "kv_lengths": (1,),
+    }
+    for layer in range(d.num_hidden_layers):
+        for part in ("key", "value"):
+            shapes[f"past_key_values.{layer}.{part}"] = (1, d.num_key_value_heads, m.cache_length, d.head_dim)
+    return shapes
+
+
+def test_the_vision_encoder_builds(standard: Bundle) -> None:
+    m = standard.manifest
+    profile: Profile = {"pixel_values": (1, 3, m.image.size, m.image.size)}
+    engine, layers = build(standard.path("vision_encoder.onnx"), [profile], decomposable=m.precision == "fp32")
+    assert engine is not None
+    assert "ATTENTION_INPUT" in layers
+
+
+def test_the_decoder_builds_with_a_profile_for_the_prompt_and_one_for_decoding(standard: Bundle) -> None:
+    m = standard.manifest
+    profiles = [decoder_profile(m, m.dimensions.num_image_tokens, 16), decoder_profile(m, 0, 1)]
+    engine, layers = build(standard.path("decoder.onnx"), profiles, decomposable=m.precision == "fp32")
+    assert engine is not None
+    # taken whole: cache update, rotary embedding and attention are TensorRT's own layers
+    assert {"KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT"} <= layers
+
+
+def test_standard_graphs_use_no_custom_operator(standard: Bundle) -> None:
+    import onnx
+
+    for name in ("vision_encoder.onnx", "decoder.onnx"):
+        model = onnx.load(standard.path(name), load_external_data=False)
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
+        onnx.checker.check_model(str(standard.path(name)), full_check=True)

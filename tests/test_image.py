@@ -1,0 +1,141 @@
+"""Preprocessing against transformers' SigLIP processor, and pictures that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pgfast.bundle import ImageSpec
+from pgfast.errors import ImageError
+from pgfast.image import open_image, to_pixel_values
+
+
+def spec(size: int, resampling: str = "bicubic") -> ImageSpec:
+    return ImageSpec(size, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], 1 / 255, resampling)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([56, 64, 224]), st.sampled_from(["bicubic", "bilinear"]))
+def test_pixels_equal_the_siglip_processor(width: int, height: int, size: int, resampling: str) -> None:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    half = [0.5, 0.5, 0.5]
+    processor = SiglipImageProcessorPil(
+        size={"height": size, "width": size},
+        image_mean=half,
+        image_std=half,
+        resample={"bilinear": 2, "bicubic": 3}[resampling],
+    )
+    image = noise(width, height, width * 1000 + height)
+    wanted = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])
+    ours = to_pixel_values(open_image(image), spec(size, resampling))
+    assert ours.shape == (1, 3, size, size)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_path_bytes_pil_and_array_give_the_same_pixels(tmp_path: Path) -> None:
+    image = noise(33, 21)
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    wanted = to_pixel_values(image, spec(64))
+    for given_as in (tmp_path / "a.png", str(tmp_path / "a.png"), data, bytearray(data), np.asarray(image)):
+        np.testing.assert_array_equal(to_pixel_values(open_image(given_as), spec(64)), wanted)
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = noise(40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    upright = open_image(buffer.getvalue())
+    assert upright.size == (20, 40)
+    np.testing.assert_array_equal(np.asarray(upright), np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_transparency_becomes_white() -> None:
+    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert np.asarray(open_image(rgba)).min() == 255
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "I;16", "YCbCr"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("L", (5, 5), 128)
+    converted = Image.fromarray(np.full((5, 5), 128 * 256, np.uint16)) if mode == "I;16" else image.convert(mode)
+    rgb = np.asarray(open_image(converted))
+    assert rgb.shape == (5, 5, 3)
+    if mode not in ("1", "P"):
+        assert abs(int(rgb[2, 2, 0]) - 128) <= 1
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size that its few bytes do not hold."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    noise(64, 64).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
+    """Name to (what is given, what the message must contain)."""
+    files = {
+        "truncated.jpg": jpeg()[:700],
+        "text.png": b"this is a text file\n",
+        "empty.png": b"",
+        "bomb.png": png_of_size(50_000, 50_000),
+        "large.png": png_of_size(10_000, 8_500),
+        "short.png": png_of_size(300, 300),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "folder.png").mkdir()
+    (folder / "script.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    return {
+        "missing": (folder / "nowhere.png", "does not exist"),
+        "truncated": (folder / "truncated.jpg", "damaged"),
+        "text": (folder / "text.png", "not a picture"),
+        "empty": (folder / "empty.png", "not a picture"),
+        "bomb": (folder / "bomb.png", "bomb"),
+        "large": (folder / "large.png", "pixels"),
+        "short": (folder / "short.png", "damaged"),
+        "folder": (folder / "folder.png", "folder"),
+        "postscript": (folder / "script.eps", "not a picture"),
+        "empty bytes": (b"", "not a picture"),
+        "float array": (np.zeros((4, 4, 3), np.float32), "uint8"),
+        "gray array": (np.zeros((4, 4), np.uint8), "uint8"),
+        "zero array": (np.zeros((0, 4, 3), np.uint8), "uint8"),
+        "number": (3, "int"),
+    }
+
+
+BAD = ("missing", "truncated", "text", "empty", "bomb", "large", "short", "folder", "postscript", "empty bytes")
+BAD_VALUES = ("float array", "gray array", "zero array", "number")
+
+
+@pytest.mark.parametrize("name", BAD + BAD_VALUES)
+def test_bad_pictures_get_one_clear_line(name: str, tmp_path: Path) -> None:
+    given_as, message = bad_pictures(tmp_path)[name]
+    with pytest.raises(ImageError, match=message) as caught:
+        open_image(given_as)
+    assert "\n" not in str(caught.value)

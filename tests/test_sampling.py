@@ -1,0 +1,59 @@
+"""Sampling against the distribution it promises."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgfast.runtime.sampling import log_softmax, sample
+
+LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], np.float32)
+
+
+def frequencies(draws: int = 4000, **options: float) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
+    drawn = [sample(LOGITS, rng=rng, **settings) for _ in range(draws)]  # type: ignore[arg-type]
+    return np.bincount(drawn, minlength=len(LOGITS)) / draws
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def test_log_softmax_is_that_of_torch() -> None:
+    import torch
+
+    x = np.random.default_rng(0).normal(0, 30, (3, 50)).astype(np.float32)
+    np.testing.assert_allclose(log_softmax(x), torch.log_softmax(torch.from_numpy(x).double(), -1).numpy(), atol=1e-9)
+
+
+def test_draws_follow_the_softmax() -> None:
+    for temperature in (0.5, 1.0, 2.0):
+        # 4000 draws: four standard deviations of a share are below 0.032
+        np.testing.assert_allclose(frequencies(temperature=temperature), softmax(LOGITS / temperature), atol=0.032)
+
+
+def test_top_k_and_top_p_keep_the_most_probable() -> None:
+    assert np.flatnonzero(frequencies(top_k=2)).tolist() == [1, 3]
+    assert np.flatnonzero(frequencies(top_k=1)).tolist() == [1]
+    share = softmax(LOGITS)
+    assert np.flatnonzero(frequencies(top_p=float(share[1] * 0.9))).tolist() == [1]
+    assert np.flatnonzero(frequencies(top_p=float(share[1] + share[3] * 0.5))).tolist() == [1, 3]
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+    st.floats(1e-3, 1e3),
+    st.integers(0, 40),
+    st.floats(1e-6, 1),
+    st.integers(0, 100),
+)
+def test_any_logits_give_a_valid_token(values: list[float], temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    logits = np.array(values, np.float32)
+    token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, rng=np.random.default_rng(seed))
+    assert 0 <= token < len(values)
+    if top_k == 1:
+        assert logits[token] == logits.max()
