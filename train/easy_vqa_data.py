@@ -127,8 +127,9 @@ def bounding_boxes(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Return [N, 4]: top, left, bottom, right (exclusive) of what differs from each picture's main colour."""
     boxes = np.empty((len(images), 4), dtype=np.int64)
     for row, image in enumerate(images):
-        colors, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
-        differs = (image != colors[counts.argmax()]).any(axis=2)
+        packed = image.astype(np.int64) @ [1 << 16, 1 << 8, 1]  # [R, R], one number per colour
+        colors, counts = np.unique(packed, return_counts=True)
+        differs = packed != colors[counts.argmax()]
         ys, xs = np.flatnonzero(differs.any(axis=1)), np.flatnonzero(differs.any(axis=0))
         boxes[row] = ys[0], xs[0], ys[-1] + 1, xs[-1] + 1
     return boxes

@@ -1,0 +1,54 @@
+# Everything happens in .venv; a target that is up to date does nothing twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+DEMO_RUN := build/demo-model
+
+.PHONY: demo test lint demo-model demo-bundle bench wheel clean
+
+demo: $(VENV)/.demo
+	$(BIN)/pgfast answer pgfast/demo/blue_circle.png "what color is the shape?"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy pgfast export train bench
+	$(BIN)/mypy tests/typed_usage.py
+
+# Trains the embedded model anew (about half an hour on two cores; run it again to continue a run that was stopped)
+demo-model: $(VENV)/.test
+	$(BIN)/pgfast train tiny $(DEMO_RUN)
+
+# Puts the model of demo-model into the package
+demo-bundle: demo-model
+	rm -rf tests/demo_checkpoint pgfast/demo/bundle
+	cp -r $(DEMO_RUN)/checkpoint tests/demo_checkpoint
+	$(BIN)/pgfast export tests/demo_checkpoint pgfast/demo/bundle --verify
+
+bench: $(VENV)/.demo
+	$(BIN)/pgfast bench startup
+
+wheel: $(VENV)/.test
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pgfast needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade 'pip>=25.1'
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[cpu]'
+	touch $@
+
+# torch first and by itself: no other package may pull in a newer one
+$(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.demo | $(BIN)/python
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[cpu,export,train,verify,bench]' --group dev
+	touch $@

@@ -1,0 +1,139 @@
+"""The embedded model: as accurate through ONNX as through transformers, and right on pictures it was not trained on."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from conftest import DEMO_CHECKPOINT, TESTS
+from pgfast.train import easy_vqa_data
+from pgfast.train.model_step import pixel_values
+from PIL import Image, ImageDraw
+
+from pgfast import GenerateOptions
+from pgfast.bundle import sha256_of
+from pgfast.engine import Engine, demo_bundle
+
+
+@pytest.fixture(scope="module")
+def test_split() -> easy_vqa_data.Questions:
+    return easy_vqa_data.load("test")
+
+
+def transformers_answers(questions: easy_vqa_data.Questions, demo: Engine) -> list[list[int]]:
+    """Greedy ids of every question, by transformers' own generate in batches of equal prompt length."""
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
+
+    model = PaliGemmaForConditionalGeneration.from_pretrained(DEMO_CHECKPOINT, dtype=torch.float32, attn_implementation="eager")
+    model = model.eval()
+    image_id = model.config.image_token_id
+    prompts = [demo._encode_prompt(demo._answer_prompt(text, "en")) for text in questions.texts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    with torch.inference_mode():
+        for rows in by_length.values():
+            for start in range(0, len(rows), 256):
+                part = rows[start : start + 256]
+                ids = torch.tensor([[image_id] * 64 + prompts[row] for row in part])
+                pictures = pixel_values(questions.images[questions.image_index[part]])
+                out = model.generate(
+                    input_ids=ids,
+                    pixel_values=pictures,
+                    attention_mask=torch.ones_like(ids),
+                    token_type_ids=torch.zeros_like(ids),
+                    max_new_tokens=4,
+                    do_sample=False,
+                )[:, ids.shape[1] :].tolist()
+                for row, generated in zip(part, out, strict=True):
+                    end = generated.index(1) + 1 if 1 in generated else len(generated)
+                    answers[row] = generated[:end]
+    return answers
+
+
+def test_every_answer_on_the_test_split_equals_transformers(
+    demo: Engine, test_split: easy_vqa_data.Questions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded = [demo.encode_image(image) for image in test_split.images]
+    pairs = [(encoded[picture], text) for picture, text in zip(test_split.image_index, test_split.texts, strict=True)]
+    ours = demo.answer_batch(pairs, options=GenerateOptions(max_new_tokens=4))
+    theirs = transformers_answers(test_split, demo)
+    different = sum(list(answer.token_ids) != ids for answer, ids in zip(ours, theirs, strict=True))
+    right = np.mean([answer.text == wanted for answer, wanted in zip(ours, test_split.answers, strict=True)])
+    with capsys.disabled():
+        print(
+            f"\neasy-VQA test split: {len(ours)} questions, accuracy {right:.4%}, {different} answers differ from transformers"
+        )
+    assert len(ours) == 9673
+    assert different == 0
+    assert right >= 0.995
+
+
+def test_the_bundle_was_exported_from_the_checkpoint_in_the_repository(demo: Engine) -> None:
+    assert demo.manifest.parity is not None
+    assert demo.manifest.parity["greedy_agreement"] == 1.0
+    assert sha256_of(demo_bundle() / "tokenizer.json") == sha256_of(DEMO_CHECKPOINT / "tokenizer.json")
+    assert sum(path.stat().st_size for path in demo_bundle().iterdir()) < 8 * 2**20
+
+
+def test_transformers_loads_the_checkpoint_folder_unchanged() -> None:
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+    assert AutoConfig.from_pretrained(DEMO_CHECKPOINT).model_type == "paligemma"
+    assert AutoTokenizer.from_pretrained(DEMO_CHECKPOINT)("yes")["input_ids"] != [3]
+    processor = AutoProcessor.from_pretrained(DEMO_CHECKPOINT)
+    image = Image.new("RGB", (64, 64))
+    out = processor(text="<image>answer en what color is the shape?", images=image, return_tensors="np")
+    assert type(processor).__name__ == "PaliGemmaProcessor"
+    # our own layout, which the processor agrees with in this version: 64 image tokens, <bos>, text, newline
+    raw = json.loads((DEMO_CHECKPOINT / "config.json").read_text())
+    assert np.asarray(out["input_ids"])[0, :65].tolist() == [raw["image_token_index"]] * 64 + [2]
+
+
+def hand_drawn(shape: str, color: str, background: tuple[int, int, int]) -> Image.Image:
+    """A wobbly shape, larger than the data set's pictures, antialiased, on another kind of background."""
+    rng = np.random.default_rng(abs(hash((shape, color))) % 1000)
+    image = Image.new("RGB", (400, 400), background)
+    draw = ImageDraw.Draw(image)
+    corners = {
+        "circle": [(210 + 80 * np.cos(t), 190 + 80 * np.sin(t)) for t in np.linspace(0, 6.28, 50)],
+        "rectangle": [(130, 120), (280, 122), (279, 250), (131, 248)],
+        "triangle": [(200, 110), (285, 260), (115, 260)],
+    }[shape]
+    draw.polygon([(x + rng.normal(0, 1), y + rng.normal(0, 1)) for x, y in corners], fill=color)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+@pytest.mark.parametrize("shape", easy_vqa_data.SHAPES)
+@pytest.mark.parametrize("color", ["red", "blue", "yellow", "black"])
+def test_pictures_drawn_by_hand_are_answered_rightly(demo: Engine, shape: str, color: str) -> None:
+    image = hand_drawn(shape, color, (250, 248, 242))
+    wrong = "green" if color != "green" else "red"
+    for question, wanted in (
+        ("What color is the shape?", color),
+        ("What shape is in the image?", shape),
+        (f"Is there a {color} shape?", "yes"),
+        (f"Is there a {wrong} shape in the image?", "no"),
+        (f"Does the image contain a {shape}?", "yes"),
+    ):
+        answer = demo.answer(image, question)
+        assert answer.text == wanted, question
+        assert answer.confidence > 0.5
+
+
+def test_the_shipped_picture_is_answered_rightly(demo: Engine) -> None:
+    picture = demo_bundle().parent / "blue_circle.png"
+    assert [demo.answer(picture, q).text for q in ("what color is the shape?", "what shape is present?")] == ["blue", "circle"]
+
+
+def test_the_recipe_in_the_log_is_the_default_recipe() -> None:
+    """docs/log.md names the recipe that made the bundle; changing a default without retraining must not go unseen."""
+    from pgfast.train.config import TinyConfig
+
+    assert TinyConfig().digest() in (TESTS.parent / "docs" / "log.md").read_text()
