@@ -6,6 +6,7 @@ A prompt is `<bos>`, the tokens of the text, and the newline tokenized on its ow
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from pgfast.errors import BundleError, PromptError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as _Tokenizer
+
+logger = logging.getLogger(__name__)
 
 SEPARATOR = "\n"
 """Ends the prompt; the answer follows it."""
@@ -56,7 +59,8 @@ class Tokenizer:
         self._bos_id = bos_id
         self._separator_ids = self._ids(SEPARATOR)
         added = tokenizer.get_added_tokens_decoder()
-        self._reserved_ids = {id for id, token in added.items() if _RESERVED.fullmatch(token.content)}
+        self._unknown_id = tokenizer.token_to_id("<unk>")
+        self._reserved_ids = {id for id, token in added.items() if _RESERVED.fullmatch(token.content)} - {self._unknown_id}
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -82,16 +86,16 @@ class Tokenizer:
         # far more characters than tokens can hold: refuse before the tokenizer spends time on it
         if len(text) > 1000 * max_tokens:
             raise PromptError(f"the text has {len(text)} characters: this model takes at most {max_tokens} tokens")
-        ids = [self._bos_id, *self._ids(text), *self._separator_ids]
-        if self._reserved_ids.intersection(ids[1:]) and not self._only_unknown(ids[1:]):
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = [self._bos_id, *encoding.ids, *self._separator_ids]
+        if self._reserved_ids.intersection(ids[1:]):
             raise PromptError("the text turns into a marker of the model itself: rephrase it")
         if len(ids) > max_tokens:
             raise PromptError(f"the text has {len(ids)} tokens: this model takes at most {max_tokens}")
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        if unknown := {text[start:end] for id, (start, end) in spans if id == self._unknown_id}:
+            logger.warning("the model has no words for: %s", ", ".join(sorted(unknown)))
         return ids
-
-    def _only_unknown(self, ids: Sequence[int]) -> bool:
-        unknown = self._tokenizer.token_to_id("<unk>")
-        return self._reserved_ids.intersection(ids) <= {unknown}
 
     def encode_suffix(self, text: str) -> list[int]:
         """Return the ids of an answer, without `<eos>`."""

@@ -65,6 +65,14 @@ def test_empty_and_long_texts_are_refused(text: str, message: str) -> None:
         TOKENIZER.encode_prompt(text, max_tokens=30)
 
 
+def test_words_the_model_does_not_have_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    TOKENIZER.encode_prompt("what color is the Zebra", max_tokens=30)
+    assert caplog.messages == ["the model has no words for: Zebra"]
+    caplog.clear()
+    TOKENIZER.encode_prompt("what color is the circle", max_tokens=30)
+    assert caplog.messages == []
+
+
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(PromptError, match="Unicode"):
         TOKENIZER.encode_prompt("what \ud800", max_tokens=30)
