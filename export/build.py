@@ -117,7 +117,7 @@ def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: Checkpoin
     room = min(TEXT_TOKENS, (text.max_position_embeddings - p) // 2)
     return Manifest(
         format_version=bundle.FORMAT_VERSION,
-        family="paligemma",
+        family="paligemma2" if text.model_type == "gemma2" else "paligemma",
         precision=options.precision,
         target=options.target,
         dialect=str(DIALECT_OF[options.target]),

@@ -6,6 +6,7 @@ compares them). A key that is neither read nor known to be harmless is an error:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +26,44 @@ VISION_DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
 }
 """Defaults of transformers' SiglipVisionConfig."""
-TEXT_DEFAULTS: dict[str, Any] = {
+_GEMMA: dict[str, Any] = {
     "vocab_size": 256000,
-    "hidden_size": 3072,
-    "intermediate_size": 24576,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
     "head_dim": 256,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-6,
-    "hidden_act": "gelu_pytorch_tanh",
     "attention_bias": False,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-"""Defaults of transformers' GemmaConfig."""
+TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": _GEMMA
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma2": _GEMMA
+    | {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        # PaliGemma 2 was trained with full attention everywhere (big_vision has no sliding window), and transformers'
+        # window acts only while decoding beyond 4,096 positions: both keys are read and left alone
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+}
+"""Defaults of transformers' GemmaConfig (PaliGemma 1) and Gemma2Config (PaliGemma 2), by model_type."""
 ROPE_THETA = 10000.0
 
 _HARMLESS = {
@@ -82,8 +104,10 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The Gemma decoder."""
+    """The Gemma (PaliGemma 1) or Gemma 2 (PaliGemma 2) decoder."""
 
+    model_type: str
+    """gemma or gemma2; a Gemma 2 layer has two more norms, behind attention and feed-forward."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -96,6 +120,12 @@ class TextConfig:
     rope_theta: float
     tied: bool
     """The vocabulary head is the embedding itself."""
+    attention_scale: float
+    """Factor of the attention scores."""
+    attn_logit_softcapping: float | None
+    """Scores become cap * tanh(score / cap); None: no cap."""
+    final_logit_softcapping: float | None
+    """The same for the logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,32 +163,51 @@ def parse_config(raw: Any) -> PaliGemmaConfig:
     vision_raw, text_raw = raw.get("vision_config") or {}, raw.get("text_config") or {}
     if not isinstance(vision_raw, dict) or not isinstance(text_raw, dict):
         raise ExportError("config.json: vision_config and text_config must be objects")
+    kind = text_raw.get("model_type", "gemma")
+    if kind not in TEXT_DEFAULTS:
+        raise ExportError(f"text_config.model_type is {kind!r}: only {' and '.join(TEXT_DEFAULTS)} are supported")
     _refuse_unknown("config.json", raw, set())
     _refuse_unknown("vision_config", vision_raw, set(VISION_DEFAULTS))
-    _refuse_unknown("text_config", text_raw, set(TEXT_DEFAULTS))
-    vision, text = VISION_DEFAULTS | vision_raw, TEXT_DEFAULTS | text_raw
-    _require("text_config.model_type", text_raw.get("model_type", "gemma"), "gemma")
+    _refuse_unknown("text_config", text_raw, set(TEXT_DEFAULTS[kind]))
+    vision, text = VISION_DEFAULTS | vision_raw, TEXT_DEFAULTS[kind] | text_raw
     _require("vision_config.model_type", vision_raw.get("model_type", "siglip_vision_model"), "siglip_vision_model")
     _require("vision_config.hidden_act", vision["hidden_act"], "gelu_pytorch_tanh")
     _require("vision_config.vision_use_head", vision_raw.get("vision_use_head", False), False)
-    # transformers reads hidden_activation first and falls back to the tanh form; early checkpoints say hidden_act "gelu"
-    _require("text_config.hidden_activation", text.get("hidden_activation") or "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    activation = text.get("hidden_activation") or text.get("hidden_act")
+    # "gelu" in early Gemma 1 files means the tanh form all the same (GemmaConfig.__post_init__)
+    if not (kind == "gemma" and activation == "gelu"):
+        _require("text_config's activation", activation, "gelu_pytorch_tanh")
     _require("text_config.attention_bias", text["attention_bias"], False)
     _require("quantization_config", raw.get("quantization_config"), None)
     # the ids are at the top in older files, in text_config in newer ones
     ids = {key: raw[key] if raw.get(key) is not None else text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = PaliGemmaConfig(
         vision=VisionConfig(**{key: vision[key] for key in VisionConfig.__dataclass_fields__}),
-        text=TextConfig(
-            **{key: text[key] for key in TextConfig.__dataclass_fields__ if key not in ("rope_theta", "tied")},
-            rope_theta=_rope_theta(text),
-            tied=bool(raw.get("tie_word_embeddings", True)),
-        ),
+        text=_text_config(kind, text, tied=bool(raw.get("tie_word_embeddings", True))),
         image_token_id=raw["image_token_index"] if "image_token_index" in raw else raw.get("image_token_id", 256000),
         **ids,
     )
     _check(config)
     return config
+
+
+def _text_config(kind: str, text: dict[str, Any], *, tied: bool) -> TextConfig:
+    derived = {"model_type", "rope_theta", "tied", "attention_scale", "attn_logit_softcapping", "final_logit_softcapping"}
+    scalar = text.get("query_pre_attn_scalar", text["head_dim"])
+    if not _is_positive(scalar):
+        raise ExportError(f"text_config: head_dim or query_pre_attn_scalar is {scalar!r}: a positive number is needed")
+    caps = [text.get(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")]
+    if any(cap is not None and not _is_positive(cap) for cap in caps):
+        raise ExportError(f"text_config: the softcaps are {caps}: positive numbers or null are needed")
+    return TextConfig(
+        **{key: text[key] for key in TextConfig.__dataclass_fields__ if key not in derived},
+        model_type=kind,
+        rope_theta=_rope_theta(text),
+        tied=tied,
+        attention_scale=float(scalar) ** -0.5,
+        attn_logit_softcapping=caps[0],
+        final_logit_softcapping=caps[1],
+    )
 
 
 def _refuse_unknown(where: str, raw: dict[str, Any], known: set[str]) -> None:
@@ -175,20 +224,31 @@ def _require(what: str, value: Any, wanted: Any) -> None:
 def _rope_theta(text: dict[str, Any]) -> float:
     """The base of the rotary embedding, from either place where transformers has written it."""
     rope = text.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ExportError("text_config.rope_parameters must be an object")
     _require("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
     _require("text_config.rope_scaling", text.get("rope_scaling"), None)
-    return float(rope.get("rope_theta", text.get("rope_theta", ROPE_THETA)))
+    theta = rope.get("rope_theta", text.get("rope_theta", ROPE_THETA))
+    if not _is_positive(theta):
+        raise ExportError(f"text_config: rope_theta is {theta!r}: a positive number is needed")
+    return float(theta)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**40
 
 
 def _check(config: PaliGemmaConfig) -> None:
     """Refuse numbers that no model can have."""
     for name, part in (("vision_config", config.vision), ("text_config", config.text)):
-        for key in part.__dataclass_fields__:
-            value = getattr(part, key)
-            if not isinstance(value, int | float) or (value <= 0 and key != "tied"):
-                raise ExportError(f"{name}.{key} is {value!r}: a positive number is needed")
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.type == "int" and (not isinstance(value, int) or not _is_positive(value)):
+                raise ExportError(f"{name}.{field.name} is {value!r}: a positive whole number is needed")
+            if field.type == "float" and not _is_positive(value):
+                raise ExportError(f"{name}.{field.name} is {value!r}: a positive number is needed")
     for key in ("image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
-        if not isinstance(getattr(config, key), int):
+        if not isinstance(getattr(config, key), int) or isinstance(getattr(config, key), bool):
             raise ExportError(f"config.json: {key} is {getattr(config, key)!r}, an integer is needed")
     vision, text = config.vision, config.text
     if vision.image_size % vision.patch_size:

@@ -1,4 +1,4 @@
-"""The Gemma decoder over image features and text, with a KV cache that is written in place.
+"""The Gemma and Gemma 2 decoders over image features and text, with a KV cache that is written in place.
 
 One graph serves prompt and decoding. The prompt attends all to all and a new token attends to all the past, so the
 prefix-LM rule needs no triangular mask: a row's valid length is the whole rule.
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
         c = config
         self.qkv = Linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, dtype)
         self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, dtype)
-        self._config, self._dialect = config, dialect
+        self._config, self._dtype, self._dialect = config, dtype, dialect
 
     def forward(
         self, op: Op, x: ir.Value, past: tuple[ir.Value, ir.Value], positions: Positions, last: ir.Value | None
@@ -77,7 +77,8 @@ class SelfAttention(nn.Module):
             *(qkv, None, None, *past, p.seqlens_k, p.total_length, p.cos, p.sin),
             num_heads=c.num_attention_heads,
             kv_num_heads=c.num_key_value_heads,
-            scale=c.head_dim**-0.5,
+            scale=c.attention_scale,
+            softcap=c.attn_logit_softcapping or 0.0,
             do_rotary=1,
             causal=0,
             _domain=ORT_DOMAIN,
@@ -100,19 +101,43 @@ class SelfAttention(nn.Module):
         key = op.TensorScatter(past[0], k, p.write_indices, axis=-2)  # [B, K, T, H]
         value = op.TensorScatter(past[1], heads(v, c.num_key_value_heads), p.write_indices, axis=-2)
         # q and k in 4-D, so the head counts are in the shapes; the mask holds for every query
-        y = op.Attention(q, key, value, p.mask, scale=c.head_dim**-0.5)
+        if c.attn_logit_softcapping is None:
+            y = op.Attention(q, key, value, p.mask, scale=c.attention_scale)  # [B, Q, N, H]
+        else:
+            y = self._capped(op, q, key, value, p.mask, c.attn_logit_softcapping)
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, q_width]), key, value
+
+    def _capped(self, op: Op, q: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, cap: float) -> ir.Value:
+        """Attention with capped scores, spelt out: TensorRT's parser refuses Attention's softcap. Softmax in fp32."""
+        c = self._config
+        float32, dtype = ir.DataType.FLOAT, self._dtype
+        groups = c.num_attention_heads // c.num_key_value_heads
+        q = op.Reshape(q, [0, c.num_key_value_heads, groups, -1, c.head_dim])  # [B, K, Q / K, N, H]
+        keys = op.Transpose(op.Unsqueeze(key, [2]), perm=[0, 1, 2, 4, 3])  # [B, K, 1, H, T]
+        scores = op.Cast(op.MatMul(q, keys), to=float32.value)  # [B, K, Q / K, N, T]
+        scores = op.Mul(op.Tanh(op.Mul(scores, c.attention_scale / cap)), cap)
+        scores = op.Where(op.Unsqueeze(mask, [1]), scores, -1e30)
+        shares = op.Cast(op.Softmax(scores, axis=-1), to=dtype.value)
+        y = op.MatMul(shares, op.Unsqueeze(value, [2]))  # [B, K, Q / K, N, H]
+        return op.Reshape(y, [0, c.num_attention_heads, -1, c.head_dim])
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each added to the residual stream; the norms sit where the additions are."""
+    """Attention and feed-forward, each added to the residual stream; Gemma 2 also normalises what is added."""
 
     def __init__(self, config: TextConfig, dtype: ir.DataType, dialect: Dialect) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, dialect)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, dialect)
+
+        has_output_norms = config.model_type == "gemma2"
+        self.input_norm = norm()
         self.attention = SelfAttention(config, dtype, dialect)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, dialect)
+        self.attention_output_norm = norm() if has_output_norms else None
+        self.mlp_norm = norm()
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype)
+        self.mlp_output_norm = norm() if has_output_norms else None
 
     def forward(
         self,
@@ -132,8 +157,13 @@ class DecoderLayer(nn.Module):
         attended, key, value = self.attention(op, normed, past, positions, last)
         if last is not None:  # from here on only the last position is needed
             total = op.GatherND(total, last, batch_dims=1)  # [B, 1, D]
-        normed, total = self.post_attention_norm(op, attended, total)
-        return self.mlp(op, normed), total, key, value
+        if self.attention_output_norm is not None:
+            attended, _ = self.attention_output_norm(op, attended)
+        normed, total = self.mlp_norm(op, attended, total)
+        y = self.mlp(op, normed)
+        if self.mlp_output_norm is not None:
+            y, _ = self.mlp_output_norm(op, y)
+        return y, total, key, value
 
 
 class RotaryTables(nn.Module):
@@ -207,6 +237,8 @@ class Decoder(nn.Module):
         logits = op.Gemm(flat, self.embed_tokens if self.lm_head is None else self.lm_head, transB=1)
         if self._dtype is not ir.DataType.FLOAT:
             logits = op.Cast(logits, to=ir.DataType.FLOAT.value)
+        if (cap := self._config.final_logit_softcapping) is not None:
+            logits = op.Mul(op.Tanh(op.Mul(logits, 1 / cap)), cap)
         # the greedy choice and its log-probability are made here, so that logits need not leave the device
         highest = op.ReduceMax(logits, [-1], keepdims=1)
         log_sum = op.Log(op.ReduceSum(op.Exp(op.Sub(logits, highest)), [-1], keepdims=1))

@@ -30,6 +30,19 @@ _BUFFERS = re.compile(r"\.(position_ids|inv_freq)$")
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 
 
+_NORMS = {
+    "gemma": {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    # the same name means another place: Gemma 2's post_attention_layernorm is behind the attention, before the addition
+    "gemma2": {
+        "input_norm": "input_layernorm",
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+}
+"""Our norms and transformers' names for them."""
+
+
 class Checkpoint:
     """The safetensors files of a checkpoint folder, read lazily.
 
@@ -152,11 +165,11 @@ def decoder_rows(config: PaliGemmaConfig) -> Iterator[Row]:
     yield Row("rotary.sin", (), lambda _: sin)
     for i in range(t.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"{model}.layers.{i}"
-        yield Row(f"{ours}.input_norm.weight", ((f"{theirs}.input_layernorm.weight", (d,)),), _one_plus)
+        for norm, source in _NORMS[t.model_type].items():
+            yield Row(f"{ours}.{norm}.weight", ((f"{theirs}.{source}.weight", (d,)),), _one_plus)
         sources = tuple((f"{theirs}.self_attn.{x}_proj.weight", (rows, d)) for x, rows in (("q", q), ("k", kv), ("v", kv)))
         yield Row(f"{ours}.attention.qkv.weight", sources, _transpose)
         yield Row(f"{ours}.attention.out.weight", ((f"{theirs}.self_attn.o_proj.weight", (d, q)),), _transpose)
-        yield Row(f"{ours}.post_attention_norm.weight", ((f"{theirs}.post_attention_layernorm.weight", (d,)),), _one_plus)
         for part, shape in (("gate", (inner, d)), ("up", (inner, d)), ("down", (d, inner))):
             yield Row(f"{ours}.mlp.{part}.weight", ((f"{theirs}.mlp.{part}_proj.weight", shape),), _transpose)
     yield Row("norm.weight", ((f"{model}.norm.weight", (d,)),), _one_plus)

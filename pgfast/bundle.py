@@ -21,7 +21,7 @@ TOKENIZER = "tokenizer.json"
 FORMAT_VERSION = 1
 HASH_AT_LOAD = 64 * 2**20
 """Files up to this many bytes are hashed at every load, larger ones by `pgfast inspect --check`."""
-FAMILIES, PRECISIONS, TARGETS = ("paligemma",), ("fp32", "fp16"), ("cpu", "cuda", "tensorrt")
+FAMILIES, PRECISIONS, TARGETS = ("paligemma", "paligemma2"), ("fp32", "fp16"), ("cpu", "cuda", "tensorrt")
 DIALECTS, RESAMPLING = ("ort", "standard"), ("bicubic", "bilinear")
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,7 +50,10 @@ class Shape:
     patch_size: int = 8
     tied: bool = True
     max_positions: int = 256
-    extra: dict[str, Any] = field(default_factory=dict)
+    gemma2: bool = False
+    query_pre_attn_scalar: int = 24
+    attn_cap: float | None = 4.0
+    final_cap: float | None = 3.0
 
 
 def make_checkpoint(folder: Path, shape: Shape) -> Path:
@@ -81,6 +83,14 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
         "max_position_embeddings": shape.max_positions,
         "tie_word_embeddings": shape.tied,
     }
+    if shape.gemma2:
+        raw["text_config"] |= {
+            "model_type": "gemma2",
+            "query_pre_attn_scalar": shape.query_pre_attn_scalar,
+            "attn_logit_softcapping": shape.attn_cap,
+            "final_logit_softcapping": shape.final_cap,
+        }
+        raw["text_config"].pop("hidden_act")
     raw |= {"hidden_size": shape.hidden, "projection_dim": shape.hidden, "tie_word_embeddings": shape.tied}
     config = PaliGemmaConfig(**raw)
     model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT, TESTS
+from pgfast.export.build import ExportOptions, export
 from pgfast.train import easy_vqa_data
 from pgfast.train.model_step import pixel_values
 from PIL import Image, ImageDraw
@@ -79,6 +82,13 @@ def test_the_bundle_was_exported_from_the_checkpoint_in_the_repository(demo: Eng
     assert demo.manifest.parity["greedy_agreement"] == 1.0
     assert sha256_of(demo_bundle() / "tokenizer.json") == sha256_of(DEMO_CHECKPOINT / "tokenizer.json")
     assert sum(path.stat().st_size for path in demo_bundle().iterdir()) < 8 * 2**20
+
+
+def test_the_exporter_still_writes_this_bundle(demo: Engine, tmp_path: Path) -> None:
+    """A change of graphs or weights without a new embedded bundle must not go unseen."""
+    manifest = export(str(DEMO_CHECKPOINT), tmp_path / "out", ExportOptions())
+    assert manifest.files == demo.manifest.files
+    assert dataclasses.replace(manifest, parity=demo.manifest.parity) == demo.manifest
 
 
 def test_transformers_loads_the_checkpoint_folder_unchanged() -> None:
