@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import click
 
@@ -27,3 +29,15 @@ def startup(model: str | None, runs: int, as_json: bool) -> None:
     print(f"{report['machine']}, pgfast {report['pgfast']}, onnxruntime {report['onnxruntime']}, provider {report['provider']}")
     for name, row in report["milliseconds"].items():
         print(f"{name:36} median {row['median']:8.1f} ms   p90 {row['p90']:8.1f} ms   min {row['min']:8.1f} ms   n {row['n']}")
+
+
+@bench.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True)
+def synth(model: str, out: Path, seed: int) -> None:
+    """Make a full-size random checkpoint, for example 3b-224 or 2-3b-448, in the new folder OUT."""
+    from .synth import synthesize
+
+    synthesize(model, out, seed, lambda done, total: print(f"\r{done}/{total} tensors", end="", file=sys.stderr))
+    print(f"\npgfast: wrote {out}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import shutil
 import tempfile
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,9 @@ from pgfast.errors import ExportError
 from . import graphs, weights
 from .checkpoint import CheckpointFolder, locate, read_image_spec
 from .config import PaliGemmaConfig, read_config
+from .data_file import DataFile
 from .layers import Dialect
+from .tensors import Array, Checkpoint
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD}
@@ -38,9 +40,6 @@ PROMPTS = {
 """The prefixes PaliGemma was pretrained with (big_vision, configs/proj/paligemma/README.md)."""
 TEXT_TOKENS = 128
 """Most prompt tokens, and most new tokens: the text length of PaliGemma's pretraining."""
-_ALIGN_LARGE, _ALIGN_SMALL = 4096, 64
-"""Byte alignment of tensors: whole pages for those worth mapping into memory."""
-
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
 
@@ -78,7 +77,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
         raise ExportError(f"{out} exists: choose another folder or remove it")
     source = locate(checkpoint)
     config = read_config(source.path / "config.json")
-    tensors = weights.Checkpoint(source.path)
+    tensors = Checkpoint(source.path)
     rows = {
         graphs.VISION_ENCODER: list(weights.vision_rows(config)),
         graphs.DECODER: list(weights.decoder_rows(config)),
@@ -91,14 +90,26 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
         graphs.DECODER: graphs.build_decoder(config, dtype, DIALECT_OF[options.target], manifest.cache_length),
     }
     specs = {name: graphs.graph_spec(model, f"{name}.onnx") for name, model in models.items()}
+    total = sum(_bytes_of(value) for model in models.values() for value in _parameters(model))
+    check_disk(out, total)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
     with _appears_whole(out) as partial:
-        total = sum(_bytes_of(value) for model in models.values() for value in _parameters(model))
-        done = 0
+        files = {}
         for name, model in models.items():
-            done = _write_weights(model, rows[name], tensors, partial / f"{name}.onnx.data", done, total, on_progress)
+            with DataFile(partial / f"{name}.onnx.data", on_bytes) as data:
+                _write_weights(model, rows[name], tensors, data)
+                files[data.path.name] = data.finish()
             ir.save(model, partial / f"{name}.onnx")
         _copy_tokenizer(source.path, partial)
-        files = {path.name: bundle.describe_file(path) for path in sorted(partial.iterdir())}
+        for path in partial.iterdir():
+            files.setdefault(path.name, bundle.describe_file(path))
+        files = dict(sorted(files.items()))
         manifest = dataclasses.replace(manifest, graphs=specs, files=files)
         (partial / bundle.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         # read it back through the runtime's own checks: what it would refuse never gets a name
@@ -153,45 +164,38 @@ def _shape_and_type(value: ir.Value) -> tuple[tuple[int, ...], ir.DataType]:
     return tuple(value.shape.numpy()), value.dtype
 
 
-def _write_weights(
-    model: ir.Model,
-    rows: Sequence[weights.Row],
-    tensors: weights.Checkpoint,
-    path: Path,
-    done: int,
-    total: int,
-    on_progress: Progress,
-) -> int:
-    """Write the external data file of one graph, one tensor at a time, and point its initializers there."""
+def _write_weights(model: ir.Model, rows: Sequence[weights.Row], tensors: Checkpoint, data: DataFile) -> None:
+    """Write the initializers of one graph, one tensor at a time, and point the graph at them."""
     by_name = {row.parameter: row for row in rows}
     parameters = _parameters(model)
     assert {value.name for value in parameters} == set(by_name), "graph and weight table differ"
-    with path.open("wb") as file:
-        for value in parameters:
-            row = by_name[str(value.name)]
-            shape, dtype = _shape_and_type(value)
-            array = row.transform([tensors.read(name) for name, _ in row.sources])
-            assert array.shape == shape, row.parameter
-            data = np.ascontiguousarray(_cast(array, dtype, row.parameter))
-            align = _ALIGN_LARGE if data.nbytes >= 2**20 else _ALIGN_SMALL
-            file.write(bytes(-file.tell() % align))
-            offset = file.tell()
-            file.write(data.data)
-            value.const_value = ir.ExternalTensor(
-                path.name, offset, data.nbytes, dtype, shape=ir.Shape(shape), name=str(value.name), base_dir=path.parent
-            )
-            done += data.nbytes
-            on_progress(done, total)
-        file.flush()
-        os.fsync(file.fileno())
-    return done
+    for value in parameters:
+        shape, dtype = _shape_and_type(value)
+        name, nbytes = str(value.name), _bytes_of(value)
+        cast = functools.partial(_cast, dtype=dtype, name=name)
+        offset = data.add(by_name[name].pieces(tensors, cast), nbytes)
+        value.const_value = ir.ExternalTensor(
+            data.path.name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=data.path.parent
+        )
 
 
-def _cast(array: np.ndarray[Any, Any], dtype: ir.DataType, name: str) -> np.ndarray[Any, Any]:
-    """Convert to the graph's type; a finite weight that fp16 cannot hold is an error, not an infinity."""
-    if dtype is ir.DataType.FLOAT16 and np.abs(array).max() > np.finfo(np.float16).max:
+def _cast(array: Array, dtype: ir.DataType, name: str) -> Array:
+    """Convert to the graph's type; a weight that fp16 cannot hold is an error, not an infinity."""
+    if dtype is ir.DataType.FLOAT16 and array.size and max(array.max(), -array.min()) > np.finfo(np.float16).max:
         raise ExportError(f"{name} holds values beyond fp16's range: export with --precision fp32")
-    return array.astype(dtype.numpy())
+    return array.astype(dtype.numpy(), copy=False)
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse before any work if the weights alone do not fit.
+
+    Raises:
+        ExportError: The message says how much is free and how much is needed.
+    """
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed + 2**20:
+        raise ExportError(f"the disk of {folder} has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

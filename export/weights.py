@@ -1,32 +1,18 @@
-"""From checkpoint tensors to graph initializers: one mapping table, read one tensor at a time, strict both ways."""
+"""One table: which checkpoint tensors become which graph initializer, and how. Strict both ways."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pgfast.errors import ExportError, WeightMismatchError
+from pgfast.errors import WeightMismatchError
 
 from .config import PaliGemmaConfig, TextConfig, VisionConfig
 from .gemma import rotary_tables
+from .tensors import Array, Checkpoint
 
-Array = NDArray[Any]
-
-_LAYOUTS = (
-    # transformers has written the same tensors under these prefixes; the right-hand side is the name used below
-    (re.compile(r"^model\.(?=vision_tower|multi_modal_projector|language_model)"), ""),
-    (re.compile(r"^language_model\.model\."), "language_model."),
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
-)
-_BUFFERS = re.compile(r"\.(position_ids|inv_freq)$")
-"""Not weights: older versions saved them, and they follow from the config."""
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -43,59 +29,6 @@ _NORMS = {
 """Our norms and transformers' names for them."""
 
 
-class Checkpoint:
-    """The safetensors files of a checkpoint folder, read lazily.
-
-    Args:
-        folder: Holds `model.safetensors`, or several files with `model.safetensors.index.json`.
-
-    Raises:
-        ExportError: There are no safetensors, or one is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        # numpy learns the name "bfloat16" from this import
-        import ml_dtypes  # noqa: F401
-        from safetensors import SafetensorError, safe_open
-
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ExportError(f"no safetensors in {folder}: pickle checkpoints are not read, save it with save_pretrained")
-        self._where: dict[str, tuple[Any, str]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ExportError(f"{file.name} is damaged: {error}") from error
-            for stored in list(handle.keys()):  # not a dict
-                name = canonical_name(stored)
-                if name in self._where:
-                    raise WeightMismatchError(f"{file.name} holds {stored} a second time")
-                if not _BUFFERS.search(name):
-                    self._where[name] = (handle, stored)
-
-    def names(self) -> set[str]:
-        """Names of all tensors, in the layout of the table below."""
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored; nothing is read."""
-        handle, stored = self._where[name]
-        return tuple(handle.get_slice(stored).get_shape())
-
-    def read(self, name: str) -> Array:
-        """Read one tensor as float32."""
-        handle, stored = self._where[name]
-        return np.asarray(handle.get_tensor(stored)).astype(np.float32, copy=False)
-
-
-def canonical_name(name: str) -> str:
-    """Map a tensor's name in any of transformers' layouts to the one used here."""
-    for pattern, replacement in _LAYOUTS:
-        name = pattern.sub(replacement, name)
-    return name
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One graph initializer and where it comes from."""
@@ -104,7 +37,28 @@ class Row:
     """Name in the graph."""
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     """Checkpoint tensors with the shapes the config asks for; none for a computed table."""
-    transform: Callable[[Sequence[Array]], Array]
+    layout: Callable[[Sequence[Array]], Array]
+    """Puts the tensors, already in the graph's type, in the graph's order."""
+    plus_one: bool = False
+    """RMSNorm multiplies by 1 + w (GemmaRMSNorm.forward); the one is added in fp32."""
+    computed: Array | None = None
+    """The values of a table that follows from the config alone."""
+
+    def pieces(self, checkpoint: Checkpoint, cast: Callable[[Array], Array]) -> Iterator[Array]:
+        """Make the initializer, in pieces along its first axis where that saves memory.
+
+        Args:
+            checkpoint: The tensors.
+            cast: float32 to the graph's type; applied first, so that only narrow data is moved.
+        """
+        if self.computed is not None:
+            yield cast(self.computed)
+            return
+        if self.layout is _copy and not self.plus_one:
+            yield from map(cast, checkpoint.pieces(self.sources[0][0]))
+            return
+        tensors = (checkpoint.read(name) for name, _ in self.sources)
+        yield self.layout([cast(tensor + np.float32(1) if self.plus_one else tensor) for tensor in tensors])
 
 
 def _copy(tensors: Sequence[Array]) -> Array:
@@ -113,16 +67,18 @@ def _copy(tensors: Sequence[Array]) -> Array:
 
 def _transpose(tensors: Sequence[Array]) -> Array:
     """[out, in] (torch) to [in, out] (MatMul); several are put side by side."""
-    return np.concatenate(tensors, axis=0).T
+    out = np.empty((tensors[0].shape[1], sum(len(tensor) for tensor in tensors)), tensors[0].dtype)
+    at = 0
+    for tensor in tensors:
+        for first in range(0, len(tensor), 32):  # 32 rows at a time stay in the cache: three times as fast as .T
+            rows = tensor[first : first + 32]
+            out[:, at : at + len(rows)] = rows.T
+            at += len(rows)
+    return out
 
 
 def _concat(tensors: Sequence[Array]) -> Array:
     return np.concatenate(tensors, axis=0)
-
-
-def _one_plus(tensors: Sequence[Array]) -> Array:
-    """RMSNorm multiplies by 1 + w (GemmaRMSNorm.forward)."""
-    return tensors[0] + np.float32(1)
 
 
 def _patches(tensors: Sequence[Array]) -> Array:
@@ -161,18 +117,18 @@ def decoder_rows(config: PaliGemmaConfig) -> Iterator[Row]:
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     yield Row("embed_tokens", ((EMBEDDING, (t.vocab_size, d)),), _copy)
     cos, sin = rotary_tables(t)
-    yield Row("rotary.cos", (), lambda _: cos)
-    yield Row("rotary.sin", (), lambda _: sin)
+    yield Row("rotary.cos", (), _copy, computed=cos)
+    yield Row("rotary.sin", (), _copy, computed=sin)
     for i in range(t.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"{model}.layers.{i}"
         for norm, source in _NORMS[t.model_type].items():
-            yield Row(f"{ours}.{norm}.weight", ((f"{theirs}.{source}.weight", (d,)),), _one_plus)
+            yield Row(f"{ours}.{norm}.weight", ((f"{theirs}.{source}.weight", (d,)),), _copy, plus_one=True)
         sources = tuple((f"{theirs}.self_attn.{x}_proj.weight", (rows, d)) for x, rows in (("q", q), ("k", kv), ("v", kv)))
         yield Row(f"{ours}.attention.qkv.weight", sources, _transpose)
         yield Row(f"{ours}.attention.out.weight", ((f"{theirs}.self_attn.o_proj.weight", (d, q)),), _transpose)
         for part, shape in (("gate", (inner, d)), ("up", (inner, d)), ("down", (d, inner))):
             yield Row(f"{ours}.mlp.{part}.weight", ((f"{theirs}.mlp.{part}_proj.weight", shape),), _transpose)
-    yield Row("norm.weight", ((f"{model}.norm.weight", (d,)),), _one_plus)
+    yield Row("norm.weight", ((f"{model}.norm.weight", (d,)),), _copy, plus_one=True)
     if not t.tied:
         yield Row("lm_head", ((HEAD, (t.vocab_size, d)),), _copy)
 
@@ -195,6 +151,8 @@ def check_weights(checkpoint: Checkpoint, rows: Sequence[Row], *, tied: bool) ->
         problems.append(f"missing: {_some(missing)}")
     if extra := sorted(have - set(wanted)):
         problems.append(f"unexpected: {_some(extra)}")
+    for name in sorted(have & set(wanted)):
+        checkpoint.check_dtype(name)
     problems += [
         f"{name} has shape {list(checkpoint.shape(name))} where config.json asks for {list(wanted[name])}"
         for name in sorted(have & set(wanted))

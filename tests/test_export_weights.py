@@ -11,8 +11,8 @@ import pytest
 from conftest import make_bundle, open_model, random_pixels
 from pgfast.export.config import read_config
 from pgfast.export.gemma import rotary_tables
+from pgfast.export.tensors import canonical_name
 from pgfast.export.verify import relative_error
-from pgfast.export.weights import canonical_name
 from safetensors.numpy import load_file, save_file
 
 PROMPT = [2, 7, 5, 12, 9, 4]
@@ -59,7 +59,8 @@ def test_sharded_files_and_a_tied_head_saved_twice_are_read(checkpoint: Path, co
         "lm_head.weight": tensors["language_model.model.embed_tokens.weight"]
     }
     save_file(rest, copy / "model-00002-of-00002.safetensors")
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    shard_of = {name: f"model-0000{1 + (name in rest)}-of-00002.safetensors" for name in [*tensors, "lm_head.weight"]}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
     ours, wanted = make_bundle(copy, tmp_path / "ours"), make_bundle(checkpoint, tmp_path / "wanted")
     np.testing.assert_array_equal(logits(ours), logits(wanted))
 
