@@ -16,7 +16,7 @@ def bench() -> None:
 
 @bench.command()
 @click.option("-m", "--model", metavar="BUNDLE", envvar="PGFAST_MODEL", help="Bundle folder [env: PGFAST_MODEL].")
-@click.option("--runs", default=10, show_default=True, help="Runs of each whole process.")
+@click.option("--runs", type=click.IntRange(1), default=10, show_default=True, help="Runs of each whole process.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def startup(model: str | None, runs: int, as_json: bool) -> None:
     """Time `import pgfast`, a whole `pgfast answer`, and a warm `Engine.answer`."""

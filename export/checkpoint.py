@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgfast.bundle import ImageSpec
 from pgfast.errors import ExportError, MissingDependencyError
+from pgfast.manifest import ImageSpec
 
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*processor_config.json"]
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
@@ -32,11 +33,16 @@ def locate(checkpoint: str) -> CheckpointFolder:
     Raises:
         ExportError: No such folder, and not a Hub id that can be had.
     """
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        return CheckpointFolder(path, path.resolve().name, None)
-    if path.exists():
-        raise ExportError(f"{checkpoint} is a file: give the checkpoint's folder")
+    try:
+        path = Path(checkpoint).expanduser()
+        if path.is_dir():
+            return CheckpointFolder(path, path.resolve().name, None)
+        if path.exists():
+            raise ExportError(f"{checkpoint} is a file: give the checkpoint's folder")
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, an unknown ~user, a null byte
+        if isinstance(error, ExportError):
+            raise
+        raise ExportError(f"{checkpoint[:80]} is not a folder: {error}") from error
     if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
         raise ExportError(f"{checkpoint} is neither a folder nor a Hub id such as google/paligemma-3b-ft-vqav2-224")
     try:
@@ -64,7 +70,8 @@ def read_image_spec(folder: Path, image_size: int) -> ImageSpec:
     """
     raw = _read_json(folder / "preprocessor_config.json")
     if raw is None:
-        raw = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
+        processor = _read_json(folder / "processor_config.json")
+        raw = processor.get("image_processor") if isinstance(processor, dict) else None
     if not isinstance(raw, dict):
         raise ExportError(f"no preprocessor_config.json in {folder}: save the processor with the checkpoint")
     for step in ("do_resize", "do_rescale", "do_normalize"):
@@ -74,14 +81,20 @@ def read_image_spec(folder: Path, image_size: int) -> ImageSpec:
     if size != {"height": image_size, "width": image_size}:
         raise ExportError(f"preprocessor_config.json says size {size}, config.json says {image_size} x {image_size}")
     resample = raw.get("resample", 3)
-    if resample not in _RESAMPLING:
+    if not isinstance(resample, int) or resample not in _RESAMPLING:
         raise ExportError(f"preprocessor_config.json says resample {resample!r}: only bicubic (3) and bilinear (2) are known")
     try:
-        mean, std = [float(x) for x in raw["image_mean"]], [float(x) for x in raw["image_std"]]
-        factor = float(raw.get("rescale_factor", 1 / 255))
-    except (KeyError, TypeError, ValueError) as error:
+        mean, std = ([_finite(x) for x in raw[key]] for key in ("image_mean", "image_std"))
+        factor = _finite(raw.get("rescale_factor", 1 / 255))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ExportError(f"preprocessor_config.json: image_mean, image_std or rescale_factor is unusable ({error})") from error
     return ImageSpec(image_size, mean, std, factor, _RESAMPLING[resample])
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, str | bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
 
 
 def _read_json(path: Path) -> Any:
@@ -89,5 +102,5 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path.name} cannot be read: {error}") from error

@@ -21,8 +21,8 @@ from pgfast.errors import MissingDependencyError
 def export(checkpoint: str, out: Path, precision: str, target: str, answer_template: str | None, verify: bool) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
-        from .build import PROMPTS, ExportOptions
         from .build import export as write
+        from .plan import PROMPTS, ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
     options = ExportOptions(precision, target, answer_template or PROMPTS["answer"], verify)

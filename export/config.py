@@ -57,8 +57,8 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
-        # PaliGemma 2 was trained with full attention everywhere (big_vision has no sliding window), and transformers'
-        # window acts only while decoding beyond 4,096 positions: both keys are read and left alone
+        # PaliGemma 2 was trained with full attention everywhere (big_vision has no sliding window); transformers' window
+        # acts only while decoding beyond it, so one that is longer than any answer changes nothing
         "sliding_window": 4096,
         "layer_types": None,
     },
@@ -126,6 +126,8 @@ class TextConfig:
     """Scores become cap * tanh(score / cap); None: no cap."""
     final_logit_softcapping: float | None
     """The same for the logits."""
+    sliding_window: int | None
+    """Attention span of transformers' Gemma 2 while decoding; longer than any answer, or the export refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ def read_config(path: Path) -> PaliGemmaConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ExportError(f"no config.json in {path.parent}: not a Hugging Face checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from error
     return parse_config(raw)
 
@@ -164,7 +166,7 @@ def parse_config(raw: Any) -> PaliGemmaConfig:
     if not isinstance(vision_raw, dict) or not isinstance(text_raw, dict):
         raise ExportError("config.json: vision_config and text_config must be objects")
     kind = text_raw.get("model_type", "gemma")
-    if kind not in TEXT_DEFAULTS:
+    if not isinstance(kind, str) or kind not in TEXT_DEFAULTS:
         raise ExportError(f"text_config.model_type is {kind!r}: only {' and '.join(TEXT_DEFAULTS)} are supported")
     _refuse_unknown("config.json", raw, set())
     _refuse_unknown("vision_config", vision_raw, set(VISION_DEFAULTS))
@@ -179,11 +181,13 @@ def parse_config(raw: Any) -> PaliGemmaConfig:
         _require("text_config's activation", activation, "gelu_pytorch_tanh")
     _require("text_config.attention_bias", text["attention_bias"], False)
     _require("quantization_config", raw.get("quantization_config"), None)
+    tied = raw.get("tie_word_embeddings", True)
+    _require("tie_word_embeddings", isinstance(tied, bool), True)
     # the ids are at the top in older files, in text_config in newer ones
     ids = {key: raw[key] if raw.get(key) is not None else text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = PaliGemmaConfig(
         vision=VisionConfig(**{key: vision[key] for key in VisionConfig.__dataclass_fields__}),
-        text=_text_config(kind, text, tied=bool(raw.get("tie_word_embeddings", True))),
+        text=_text_config(kind, text, tied=tied),
         image_token_id=raw["image_token_index"] if "image_token_index" in raw else raw.get("image_token_id", 256000),
         **ids,
     )
@@ -192,10 +196,21 @@ def parse_config(raw: Any) -> PaliGemmaConfig:
 
 
 def _text_config(kind: str, text: dict[str, Any], *, tied: bool) -> TextConfig:
-    derived = {"model_type", "rope_theta", "tied", "attention_scale", "attn_logit_softcapping", "final_logit_softcapping"}
+    derived = {
+        "model_type",
+        "rope_theta",
+        "tied",
+        "attention_scale",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "sliding_window",
+    }
     scalar = text.get("query_pre_attn_scalar", text["head_dim"])
     if not _is_positive(scalar):
         raise ExportError(f"text_config: head_dim or query_pre_attn_scalar is {scalar!r}: a positive number is needed")
+    window = text.get("sliding_window")
+    if window is not None and not (isinstance(window, int) and _is_positive(window)):
+        raise ExportError(f"text_config.sliding_window is {window!r}: a positive whole number or null is needed")
     caps = [text.get(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")]
     if any(cap is not None and not _is_positive(cap) for cap in caps):
         raise ExportError(f"text_config: the softcaps are {caps}: positive numbers or null are needed")
@@ -207,6 +222,7 @@ def _text_config(kind: str, text: dict[str, Any], *, tied: bool) -> TextConfig:
         attention_scale=float(scalar) ** -0.5,
         attn_logit_softcapping=caps[0],
         final_logit_softcapping=caps[1],
+        sliding_window=window,
     )
 
 
@@ -235,7 +251,7 @@ def _rope_theta(text: dict[str, Any]) -> float:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**40
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**24
 
 
 def _check(config: PaliGemmaConfig) -> None:
@@ -257,5 +273,7 @@ def _check(config: PaliGemmaConfig) -> None:
         raise ExportError("vision_config.hidden_size is not a multiple of num_attention_heads")
     if text.num_attention_heads % text.num_key_value_heads:
         raise ExportError("text_config.num_attention_heads is not a multiple of num_key_value_heads")
+    if text.max_position_embeddings > 2**20:
+        raise ExportError(f"max_position_embeddings {text.max_position_embeddings} is beyond anything that was trained")
     if text.max_position_embeddings < vision.num_image_tokens + 32:
         raise ExportError("max_position_embeddings leaves no room for a prompt behind the image")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgfast.bundle import FileEntry
+from pgfast.manifest import FileEntry
 
 _ALIGN_LARGE, _ALIGN_SMALL = 4096, 64
 """Byte alignment of tensors: whole pages for those worth mapping into memory."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from pgfast.bundle import GraphSpec
+from pgfast.manifest import GraphSpec
 
 from .config import PaliGemmaConfig
 from .gemma import Decoder

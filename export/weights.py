@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,6 +137,19 @@ def decoder_rows(config: PaliGemmaConfig) -> Iterator[Row]:
 def _linear(ours: str, theirs: str, size_in: int, size_out: int) -> Iterator[Row]:
     yield Row(f"{ours}.weight", ((f"{theirs}.weight", (size_out, size_in)),), _transpose)
     yield Row(f"{ours}.bias", ((f"{theirs}.bias", (size_out,)),), _copy)
+
+
+def settle_head(config: PaliGemmaConfig, checkpoint: Checkpoint) -> PaliGemmaConfig:
+    """Decide whether the vocabulary head is the embedding: the stored tensors say it, config.json only hints.
+
+    transformers keeps a head that is stored and differs from the embedding, whatever tie_word_embeddings says.
+    """
+    names = checkpoint.names()
+    if not {EMBEDDING, HEAD} <= names or checkpoint.shape(EMBEDDING) != checkpoint.shape(HEAD):
+        return config
+    pairs = zip(checkpoint.pieces(EMBEDDING), checkpoint.pieces(HEAD), strict=True)
+    same = all(np.array_equal(embedding, head) for embedding, head in pairs)
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, tied=same))
 
 
 def check_weights(checkpoint: Checkpoint, rows: Sequence[Row], *, tied: bool) -> None:

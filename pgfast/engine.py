@@ -6,20 +6,22 @@ import logging
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pgfast.bundle import TOKENIZER, Bundle, Manifest
-from pgfast.errors import InputError, ProviderError
+from pgfast.bundle import Bundle
+from pgfast.errors import InputError, PromptError, ProviderError
 from pgfast.image import ImageInput, open_image, to_pixel_values
-from pgfast.prompt import Tokenizer, fill_template
+from pgfast.manifest import TOKENIZER, Manifest
+from pgfast.prompt import Tokenizer, cut_at_stop, fill_template, safe_length
 from pgfast.runtime import generation
+from pgfast.runtime.decoder import Decoder
 from pgfast.runtime.model import Model
-from pgfast.runtime.providers import Target, candidates, check_available
+from pgfast.runtime.providers import Target, candidates, check_available, default_cache_dir
 from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
+from pgfast.validation import check_options, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +48,14 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
         ProviderError: The provider asked for cannot run here; the message names the missing piece.
     """
     opened = Bundle.open(Path(bundle) if bundle is not None else demo_bundle())
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}: at least 1")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= 1024):
+        raise InputError(f"threads is {threads!r}: a whole number from 1 to 1024 is needed")
     manifest = opened.manifest
     failures: list[str] = []
     for name in candidates(provider, manifest.dialect):
-        target = Target(name, device_id, fp16=manifest.precision == "fp16")
+        # engines are kept by the bundle's own hashes: onnxruntime names them after the graph alone, not its weights
+        cache = default_cache_dir() / manifest.digest()[:16]
+        target = Target(name, device_id, fp16=manifest.precision == "fp16", cache_dir=cache)
         try:
             check_available(name)
             engine = Engine(opened, target, threads)
@@ -80,6 +84,7 @@ class Engine:
         manifest = bundle.manifest
         self._bundle, self._target = bundle, target
         self._tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=manifest.tokens.bos)
+        self._tokenizer.check_ids(manifest.dimensions.vocab_size)
         self._model = Model(bundle, target, threads)
         self._lock = threading.Lock()
 
@@ -118,7 +123,7 @@ class Engine:
 
     def answer_batch(
         self,
-        questions: Sequence[tuple[ImageInput | EncodedImage, str]],
+        questions: list[tuple[ImageInput | EncodedImage, str]],
         *,
         language: str = "en",
         options: GenerateOptions | None = None,
@@ -133,6 +138,8 @@ class Engine:
         Raises:
             InputError: A picture or a question cannot be used; nothing is answered then.
         """
+        if not isinstance(questions, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in questions):
+            raise InputError("questions is a list of (picture, question) pairs")
         pairs = [(image, self._answer_prompt(question, language)) for image, question in questions]
         return self._run(pairs, options, None)
 
@@ -143,9 +150,9 @@ class Engine:
     def stream(self, image: ImageInput | EncodedImage, prompt: str, *, options: GenerateOptions | None = None) -> Iterator[str]:
         """Continue a raw prompt, yielding pieces of text that add up to the whole (arguments as in `answer`).
 
-        The prompt is checked at once; the model runs while the pieces are taken.
+        The prompt is checked at once; the model runs while the pieces are taken. Other calls may come in between.
         """
-        options = self._check_options(options)
+        options = check_options(options, self.manifest.limits.new_tokens)
         request = _Request(self.encode_image(image), self._encode_prompt(prompt))
         return self._stream(request, options)
 
@@ -160,12 +167,10 @@ class Engine:
         choices: Sequence[str] | None,
     ) -> list[Answer]:
         start = time.perf_counter()
-        options = self._check_options(options)
+        options = check_options(options, self.manifest.limits.new_tokens)
         # texts first: they are cheap to refuse
         prompts = [self._encode_prompt(prompt) for _, prompt in pairs]
-        choice_ids = [self._encode_choice(choice) for choice in choices] if choices is not None else None
-        if choice_ids is not None and not choice_ids:
-            raise InputError("choices is empty: give at least one answer")
+        choice_ids = self._encode_choices(choices)
         preprocess, vision = time.perf_counter() - start, 0.0
         encoded: dict[int, EncodedImage] = {}
         for image, _ in pairs:
@@ -192,7 +197,7 @@ class Engine:
         start, preprocess, vision = spent
         clock = generation.Clock()
         rows: list[generation.Row] = []
-        for rows in self._loop(requests, options, clock):  # noqa: B007 (the last value is wanted)
+        for rows in self._loop(self._model.decoder, requests, options, clock):  # noqa: B007 (the last value is wanted)
             pass
         timings = Timings(
             preprocess=preprocess,
@@ -205,11 +210,11 @@ class Engine:
         return [self._to_answer(row, options, timings) for row in rows]
 
     def _loop(
-        self, requests: list[_Request], options: GenerateOptions, clock: generation.Clock
+        self, decoder: Decoder, requests: list[_Request], options: GenerateOptions, clock: generation.Clock
     ) -> Generator[list[generation.Row]]:
         features = np.concatenate([request.image.image_features for request in requests])  # [B, P, D]
         return generation.generate(
-            self._model.decoder,
+            decoder,
             features,
             [request.prompt for request in requests],
             options,
@@ -221,15 +226,14 @@ class Engine:
 
     def _stream(self, request: _Request, options: GenerateOptions) -> Iterator[str]:
         given = ""
-        with self._lock, closing(self._loop([request], options, generation.Clock())) as loop:
-            for rows in loop:
-                text = _cut(self._tokenizer.decode(rows[0].token_ids), options.stop)
-                done = rows[0].finish_reason is not None
-                # hold back half a character, and text that could become a stop text
-                safe = text if done else text[: _safe_length(text, options.stop)]
-                if safe.startswith(given) and len(safe) > len(given):
-                    yield safe[len(given) :]
-                    given = safe
+        # a cache of its own: while the caller thinks about a piece, other questions may be answered
+        for rows in self._loop(self._model.new_decoder(), [request], options, generation.Clock()):
+            text = cut_at_stop(self._tokenizer.decode(rows[0].token_ids), options.stop)
+            done = rows[0].finish_reason is not None
+            safe = text if done else text[: safe_length(text, options.stop)]
+            if safe.startswith(given) and len(safe) > len(given):
+                yield safe[len(given) :]
+                given = safe
 
     def _choose(
         self, request: _Request, choices: Sequence[str], choice_ids: list[list[int]], spent: tuple[float, float, float]
@@ -256,7 +260,7 @@ class Engine:
 
     def _to_answer(self, row: generation.Row, options: GenerateOptions, timings: Timings) -> Answer:
         return Answer(
-            text=_cut(self._tokenizer.decode(row.token_ids), options.stop).strip(),
+            text=cut_at_stop(self._tokenizer.decode(row.token_ids), options.stop).strip(),
             confidence=float(np.exp(sum(row.token_logprobs))),
             token_ids=tuple(row.token_ids),
             token_logprobs=tuple(row.token_logprobs),
@@ -278,51 +282,39 @@ class Engine:
     @property
     def _bundle_id(self) -> str:
         """Tells encoded images of this vision encoder from those of another."""
-        files = sorted(self.manifest.files.items())
-        return "-".join(entry.sha256 for name, entry in files if name.startswith("vision_encoder"))
+        m = self.manifest
+        names = (m.graphs["vision_encoder"].file, f"{m.graphs['vision_encoder'].file}.data")
+        return "-".join([*(m.files[name].sha256 for name in names if name in m.files), str(m.image)])
 
     def _own(self, image: EncodedImage) -> bool:
         if image.bundle_id != self._bundle_id:
             raise InputError("this EncodedImage was made with another bundle: encode the picture again")
+        d = self.manifest.dimensions
+        if getattr(image.image_features, "shape", None) != (1, d.num_image_tokens, d.hidden_size):
+            raise InputError(f"image_features must be [1, {d.num_image_tokens}, {d.hidden_size}]: encode the picture again")
         return True
 
     def _answer_prompt(self, question: str, language: str) -> str:
         if not isinstance(question, str) or not question.strip():
-            raise InputError("the question is empty: ask something about the picture")
+            raise PromptError("the question is empty: ask something about the picture")
+        if not isinstance(language, str):
+            raise PromptError(f"language is a code such as 'en', not {language!r}")
         return fill_template(self.manifest.prompts["answer"], text=question.strip(), language=language)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
         return self._tokenizer.encode_prompt(prompt, max_tokens=self.manifest.limits.prompt_tokens)
 
-    def _encode_choice(self, choice: str) -> list[int]:
-        ids = [*self._tokenizer.encode_suffix(choice), self.manifest.tokens.eos]
-        if not choice.strip() or len(ids) > self.manifest.limits.new_tokens:
-            raise InputError(f"the choice {choice[:40]!r} is empty or too long")
-        return ids
-
-    def _check_options(self, options: GenerateOptions | None) -> GenerateOptions:
-        options = options or GenerateOptions()
-        most = self.manifest.limits.new_tokens
-        if options.max_new_tokens is not None and not 1 <= options.max_new_tokens <= most:
-            raise InputError(f"max_new_tokens is {options.max_new_tokens}: this bundle makes 1 to {most}")
-        if not (0 <= options.temperature < float("inf") and 0 < options.top_p <= 1 and options.top_k >= 0):
-            raise InputError("temperature must be at least 0, top_p above 0 and at most 1, top_k at least 0")
-        if any(not stop for stop in options.stop):
-            raise InputError("a stop text is empty")
-        return options
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """Cut the text before the first stop text."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def _safe_length(text: str, stops: Sequence[str]) -> int:
-    """How much of an unfinished text can be given out."""
-    length = len(text.rstrip("\ufffd"))
-    for stop in stops:
-        for size in range(min(len(stop) - 1, length), 0, -1):
-            if text[:length].endswith(stop[:size]):
-                length -= size
-                break
-    return length
+    def _encode_choices(self, choices: Sequence[str] | None) -> list[list[int]] | None:
+        if choices is None:
+            return None
+        if not check_texts("choices", choices):
+            raise InputError("choices is empty: give at least one answer")
+        most, seen = self.manifest.limits.new_tokens, dict[tuple[int, ...], str]()
+        for choice in choices:
+            ids = (*self._tokenizer.encode_suffix(choice, max_tokens=most), self.manifest.tokens.eos)
+            if len(ids) > most:
+                raise InputError(f"the choice {choice[:40]!r} has {len(ids)} tokens: this bundle makes at most {most}")
+            if ids in seen:
+                raise InputError(f"the model cannot tell the choices {seen[ids]!r} and {choice!r} apart")
+            seen[ids] = choice
+        return [list(ids) for ids in seen]

@@ -1,17 +1,22 @@
-"""A picture as the user has it to `pixel_values`, as the SigLIP processor of transformers (PIL backend) does it."""
+"""A picture as the user has it to `pixel_values`, as the SigLIP processor of transformers (PIL backend) does it.
+
+Two things differ on purpose: EXIF orientation is applied, and transparent parts become white instead of whatever colour is
+stored under them.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pgfast.bundle import ImageSpec
 from pgfast.errors import ImageError
+from pgfast.manifest import ImageSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -20,6 +25,8 @@ MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that decode in-process; Pillow would hand some others (EPS) to an external program."""
+
+_OPENING = threading.Lock()
 
 ImageInput = Any
 """Path (str or os.PathLike), bytes, PIL.Image.Image, or uint8 array [H, W, 3]."""
@@ -62,7 +69,7 @@ def _decode(file: Any, what: str) -> PILImage:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():  # the filters are global: one thread at a time
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS refuses it in our words
             opened = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -92,8 +99,13 @@ def _to_rgb(image: PILImage) -> PILImage:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")  # 16-bit gray: Pillow would clip, not scale
+    if image.mode.startswith("I"):  # more than 8 bits of gray: Pillow would clip, not scale
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 0xFFFF:
+            raise ImageError("more than 16 bits per pixel: convert the picture to 8 bits")
+        image = Image.fromarray((gray // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ImageError("floating-point pixels have no known range: convert the picture to 8 bits")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

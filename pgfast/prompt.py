@@ -40,10 +40,9 @@ class Tokenizer:
         import tokenizers
 
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._start(tokenizers.Tokenizer.from_file(str(path)), bos_id)
         except Exception as error:  # the library raises bare Exception for every kind of bad file
-            raise BundleError(f"{path.name} is not a tokenizer file: {_one_line(error)}") from error
-        self._start(tokenizer, bos_id)
+            raise BundleError(f"{path.name} is not a usable tokenizer file: {_one_line(error)}") from error
 
     @classmethod
     def wrap(cls, tokenizer: _Tokenizer, *, bos_id: int) -> Tokenizer:
@@ -53,10 +52,14 @@ class Tokenizer:
         return self
 
     def _start(self, tokenizer: _Tokenizer, bos_id: int) -> None:
+        # transformers saves these two with the file whenever they were last used
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         # the second line of defence behind the refusal in `encode_prompt`: text never matches a special token
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self._bos_id = bos_id
+        self._vocab_size = 2**31
         self._separator_ids = self._ids(SEPARATOR)
         added = tokenizer.get_added_tokens_decoder()
         self._unknown_id = tokenizer.token_to_id("<unk>")
@@ -64,6 +67,17 @@ class Tokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Make sure that no id leads out of the embedding.
+
+        Raises:
+            BundleError: The tokenizer belongs to another model.
+        """
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if size > vocab_size:
+            raise BundleError(f"tokenizer.json has {size} tokens, the model {vocab_size}: they do not belong together")
+        self._vocab_size = vocab_size
 
     def encode_prompt(self, text: str, *, max_tokens: int) -> list[int]:
         """Return `<bos>`, the text's tokens and the newline.
@@ -75,6 +89,15 @@ class Tokenizer:
         Raises:
             PromptError: The text is empty, too long, not valid Unicode, or holds a reserved marker such as `<image>`.
         """
+        ids = [self._bos_id, *self._encode_plain(text, max_tokens), *self._separator_ids]
+        if len(ids) > max_tokens:
+            raise PromptError(f"the text has {len(ids)} tokens: this model takes at most {max_tokens}")
+        return ids
+
+    def _encode_plain(self, text: str, max_tokens: int) -> list[int]:
+        """Encode text that may not hold or become a marker."""
+        if not isinstance(text, str):
+            raise PromptError(f"a text is needed, not {type(text).__name__}")
         if not text.strip():
             raise PromptError("the text is empty: ask a question")
         if marker := _RESERVED.search(text):
@@ -86,23 +109,33 @@ class Tokenizer:
         # far more characters than tokens can hold: refuse before the tokenizer spends time on it
         if len(text) > 1000 * max_tokens:
             raise PromptError(f"the text has {len(text)} characters: this model takes at most {max_tokens} tokens")
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ids = [self._bos_id, *encoding.ids, *self._separator_ids]
-        if self._reserved_ids.intersection(ids[1:]):
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:
+            raise BundleError(f"tokenizer.json is not a usable tokenizer file: {_one_line(error)}") from error
+        if self._reserved_ids.intersection(encoding.ids):
             raise PromptError("the text turns into a marker of the model itself: rephrase it")
-        if len(ids) > max_tokens:
-            raise PromptError(f"the text has {len(ids)} tokens: this model takes at most {max_tokens}")
+        if max(encoding.ids, default=0) >= self._vocab_size:
+            raise BundleError("tokenizer.json has ids outside the model's vocabulary: they do not belong together")
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         if unknown := {text[start:end] for id, (start, end) in spans if id == self._unknown_id}:
             logger.warning("the model has no words for: %s", ", ".join(sorted(unknown)))
-        return ids
+        return list(encoding.ids)
 
-    def encode_suffix(self, text: str) -> list[int]:
-        """Return the ids of an answer, without `<eos>`."""
-        return self._ids(text)
+    def encode_suffix(self, text: str, *, max_tokens: int = 1000) -> list[int]:
+        """Return the ids of an answer, without `<eos>` (raises as `encode_prompt`)."""
+        return self._encode_plain(text, max_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids; `<loc>` and `<seg>` markers stay, `<eos>` and the like do not."""
+        """Return the text of generated ids; `<loc>` and `<seg>` markers stay, `<eos>` and the like do not.
+
+        Bytes at the end that are not a whole character yet are left out: with byte fallback they would turn the
+        characters before them into question marks too.
+        """
+        for dropped in range(4):
+            text = str(self._tokenizer.decode(list(ids[: len(ids) - dropped]), skip_special_tokens=True))
+            if not text.endswith("\ufffd") or dropped >= len(ids):
+                return text
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
@@ -113,6 +146,22 @@ def fill_template(template: str, *, text: str, language: str) -> str:
     """
     parts = re.split(r"(\{text\}|\{language\})", template)
     return "".join({"{text}": text, "{language}": language}.get(part, part) for part in parts)
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """Cut the text before the first stop text."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def safe_length(text: str, stops: Sequence[str]) -> int:
+    """How much of an unfinished text can be given out: what could still become a stop text is held back."""
+    length = len(text)
+    for stop in stops:
+        for size in range(min(len(stop) - 1, length), 0, -1):
+            if text[:length].endswith(stop[:size]):
+                length -= size
+                break
+    return length
 
 
 def _one_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds spent on one call; for a batch, on the whole batch."""
+    """Seconds spent on one call; in a batch, up to the end of the up to 16 rows that were computed together."""
 
     preprocess: float
     """Decoding, resizing, tokenizing."""

@@ -14,7 +14,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import onnxruntime
 import pytest
-from pgfast.export.build import ExportOptions, export
+from pgfast.export.build import export
+from pgfast.export.plan import ExportOptions
 from pgfast.export.verify import TransformersReference
 
 import pgfast

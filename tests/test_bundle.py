@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import make_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pgfast
-from pgfast.bundle import Bundle, Manifest
+from pgfast.bundle import Bundle, describe_file
+from pgfast.engine import demo_bundle
 from pgfast.errors import BundleError
+from pgfast.manifest import Manifest
 
 
 @pytest.fixture
@@ -76,8 +79,6 @@ def test_weights_outside_the_folder_are_not_read(copy: Path, tmp_path: Path) -> 
     """The path to the weights is inside the ONNX file, out of the manifest's sight."""
     import onnx
 
-    from pgfast.bundle import describe_file
-
     (tmp_path / "outside.data").write_bytes((copy / "decoder.onnx.data").read_bytes())
     model = onnx.load(copy / "decoder.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
@@ -111,6 +112,23 @@ def test_a_newer_format_says_upgrade(copy: Path) -> None:
         (lambda raw: raw["tokens"].update(eos=99999), "outside the vocabulary"),
         (lambda raw: raw["limits"].update(new_tokens=9999), "limits exceed"),
         (lambda raw: raw["prompts"].pop("answer"), "answer"),
+        (lambda raw: raw["prompts"].update(answer="hello"), "{text}"),
+        (lambda raw: raw["image"].update(mean=[float("nan")] * 3), "NaN"),
+        (lambda raw: raw["image"].update(rescale_factor=float("inf")), "Infinity"),
+        (lambda raw: raw["image"].update(rescale_factor=10**400), "JSON|float"),
+        (lambda raw: raw["image"].update(std=[1e-300] * 3), "image section"),
+        (lambda raw: raw["image"].update(size=4096), "pixel_values does not fit"),
+        (lambda raw: raw["dimensions"].update(num_hidden_layers=3), "does not fit"),
+        (lambda raw: raw["dimensions"].update(num_hidden_layers=1), "does not fit"),
+        (lambda raw: raw["dimensions"].update(num_key_value_heads=4), "does not fit"),
+        (lambda raw: raw["dimensions"].update(head_dim=2**23), "does not fit"),
+        (lambda raw: raw["dimensions"].update(vocab_size=2000), "logits does not fit"),
+        (lambda raw: raw["dimensions"].update(num_image_tokens=10), "does not fit"),
+        (lambda raw: raw["dimensions"].update(hidden_size=64), "does not fit"),
+        (lambda raw: raw.update(precision="fp16"), "does not fit precision fp16"),
+        (lambda raw: raw.update(dialect="ort" if raw["dialect"] == "standard" else "standard"), "does not fit"),
+        (lambda raw: raw["files"].update({"x" * 300: {"sha256": "0", "size": 1}}), "cannot be read|is missing"),
+        (lambda raw: raw["files"].pop("decoder.onnx.data"), "decoder.onnx.data is not in the manifest"),
         (lambda raw: raw["graphs"].pop("decoder"), "decoder"),
         (lambda raw: raw["files"].pop("tokenizer.json"), "tokenizer.json"),
         (lambda raw: raw.update(family="llava"), "family"),
@@ -126,14 +144,43 @@ def test_a_manifest_that_makes_no_sense_says_where(copy: Path, change: Callable[
 
 def test_a_manifest_that_does_not_fit_its_graphs_is_refused(copy: Path) -> None:
     edit(copy, lambda raw: raw["graphs"]["decoder"]["outputs"].pop("next_token"))
-    with pytest.raises(BundleError, match="next_token is not what the manifest says"):
+    with pytest.raises(BundleError, match="next_token does not fit the dimensions"):
         pgfast.load(copy)
 
 
-@given(st.text() | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(json.dumps))
+@given(st.text())
 def test_any_text_gives_a_bundle_error(text: str) -> None:
     with pytest.raises(BundleError):
         Manifest.from_json(text)
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()) | st.just({})
+
+
+@given(st.data())
+def test_any_change_of_the_manifest_gives_a_manifest_or_a_bundle_error(data: st.DataObject) -> None:
+    """One value anywhere in a valid manifest is replaced, removed, or joined by an unknown one."""
+    raw = json.loads((demo_bundle() / "pgfast.json").read_text())
+    parent: Any = raw
+    while True:
+        keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
+        key = data.draw(st.sampled_from(keys))
+        child = parent[key]
+        if not isinstance(child, dict | list) or not child or data.draw(st.booleans()):
+            break
+        parent = child
+    action = data.draw(st.sampled_from(["replace", "remove"]))
+    if action == "replace":
+        parent[key] = data.draw(VALUES)
+    else:
+        del parent[key]
+    try:
+        manifest = Manifest.from_json(json.dumps(raw))
+    except BundleError as error:
+        message = str(error)
+        assert "\n" not in message.strip()
+        return
+    assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 def test_not_a_folder_says_how_to_make_one(tmp_path: Path) -> None:
@@ -150,3 +197,38 @@ def test_large_files_are_hashed_on_request(checkpoint: Path, tmp_path: Path, mon
     Bundle.open(folder)
     with pytest.raises(BundleError, match="was changed"):
         Bundle.open(folder, full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["model"]["vocab"].update({"zebra": 5000}), "ids outside"),
+        (lambda raw: raw["model"]["vocab"].update({f"w{i}": 1300 + i for i in range(200)}), "do not belong together"),
+        (lambda raw: raw["model"].update(unk_token="<gone>"), "not a usable tokenizer"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(copy: Path, change: Callable[[Any], object], message: str) -> None:
+    path = copy / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    entry = describe_file(path)
+    edit(copy, lambda raw: raw["files"]["tokenizer.json"].update(sha256=entry.sha256, size=entry.size))
+    with pytest.raises(BundleError, match=message):
+        pgfast.load(copy).answer(np.zeros((8, 8, 3), np.uint8), "is it a zebra \u4f60")
+
+
+def test_saved_truncation_and_padding_of_the_tokenizer_are_ignored(copy: Path) -> None:
+    from tokenizers import Tokenizer as RawTokenizer
+
+    picture = np.zeros((8, 8, 3), np.uint8)
+    wanted = pgfast.load(copy)._encode_prompt("what color is the shape?")
+    tokenizer = RawTokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(pad_to_multiple_of=8)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    entry = describe_file(copy / "tokenizer.json")
+    edit(copy, lambda raw: raw["files"]["tokenizer.json"].update(sha256=entry.sha256, size=entry.size))
+    engine = pgfast.load(copy)
+    assert engine._encode_prompt("what color is the shape?") == wanted
+    assert engine.answer(picture, "what color is the shape?", options=pgfast.GenerateOptions(max_new_tokens=1)).token_ids

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT, TESTS
-from pgfast.export.build import ExportOptions, export
+from pgfast.export.build import export
+from pgfast.export.plan import ExportOptions
 from pgfast.train import easy_vqa_data
 from pgfast.train.model_step import pixel_values
 from PIL import Image, ImageDraw
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw
 from pgfast import GenerateOptions
 from pgfast.bundle import sha256_of
 from pgfast.engine import Engine, demo_bundle
+from pgfast.image import open_image, to_pixel_values
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +93,21 @@ def test_the_exporter_still_writes_this_bundle(demo: Engine, tmp_path: Path) -> 
     assert dataclasses.replace(manifest, parity=demo.manifest.parity) == demo.manifest
 
 
-def test_transformers_loads_the_checkpoint_folder_unchanged() -> None:
+def test_transformers_loads_the_checkpoint_folder_unchanged(demo: Engine) -> None:
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     assert AutoConfig.from_pretrained(DEMO_CHECKPOINT).model_type == "paligemma"
     assert AutoTokenizer.from_pretrained(DEMO_CHECKPOINT)("yes")["input_ids"] != [3]
     processor = AutoProcessor.from_pretrained(DEMO_CHECKPOINT)
-    image = Image.new("RGB", (64, 64))
+    image = Image.effect_noise((90, 70), 80).convert("RGB")
     out = processor(text="<image>answer en what color is the shape?", images=image, return_tensors="np")
     assert type(processor).__name__ == "PaliGemmaProcessor"
-    # our own layout, which the processor agrees with in this version: 64 image tokens, <bos>, text, newline
+    # our layout and our pixels are those of the processor in this version
     raw = json.loads((DEMO_CHECKPOINT / "config.json").read_text())
-    assert np.asarray(out["input_ids"])[0, :65].tolist() == [raw["image_token_index"]] * 64 + [2]
+    prompt = demo._encode_prompt("answer en what color is the shape?")
+    assert np.asarray(out["input_ids"])[0].tolist() == [raw["image_token_index"]] * 64 + prompt
+    spec = demo.manifest.image
+    np.testing.assert_allclose(np.asarray(out["pixel_values"]), to_pixel_values(open_image(image), spec), atol=1e-5)
 
 
 def hand_drawn(shape: str, color: str, background: tuple[int, int, int]) -> Image.Image:

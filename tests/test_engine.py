@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def test_a_stream_that_is_dropped_leaves_the_engine_usable(engine: Engine, image
     assert engine.generate(image, "what is", options=GenerateOptions(max_new_tokens=2)).token_ids
 
 
+def test_questions_may_come_while_a_stream_is_open(engine: Engine, image: np.ndarray) -> None:
+    options = GenerateOptions(max_new_tokens=12, temperature=1.5, seed=2)
+    wanted = engine.generate(image, "what is", options=options).text
+    pieces = []
+    for piece in engine.stream(image, "what is", options=options):
+        pieces.append(piece)
+        engine.answer(image, "red", options=GenerateOptions(max_new_tokens=2))
+    assert "".join(pieces).strip() == wanted
+
+
 def test_stop_texts_end_and_are_cut(engine: Engine, image: np.ndarray) -> None:
     options = GenerateOptions(max_new_tokens=20, temperature=2.0, seed=5)
     whole = engine.generate(image, "what is", options=options).text
@@ -132,7 +143,7 @@ def test_choices_are_scored_exactly(engine: Engine, image: np.ndarray, reference
     prompt = prompt_ids(engine, f"answer en {QUESTIONS[0]}")
     wanted = []
     for choice in choices:
-        ids = engine._encode_choice(choice)
+        ids = [*engine._tokenizer.encode_suffix(choice), engine.manifest.tokens.eos]
         logprobs = [log_softmax(reference.logits(pixels, prompt, ids[:i]))[token] for i, token in enumerate(ids)]
         wanted.append(float(np.exp(sum(logprobs))))
     assert answer.choices is not None
@@ -176,6 +187,12 @@ def test_timings_add_up(engine: Engine, image: np.ndarray) -> None:
         GenerateOptions(top_p=0),
         GenerateOptions(top_k=-1),
         GenerateOptions(stop=("",)),
+        GenerateOptions(stop="unless"),  # type: ignore[arg-type]
+        GenerateOptions(seed=-1),
+        GenerateOptions(max_new_tokens="3"),  # type: ignore[arg-type]
+        GenerateOptions(max_new_tokens=2.5),  # type: ignore[arg-type]
+        GenerateOptions(top_k=1.5),  # type: ignore[arg-type]
+        {"max_new_tokens": 3},
     ],
 )
 def test_bad_options_are_refused(engine: Engine, image: np.ndarray, options: GenerateOptions) -> None:
@@ -187,14 +204,30 @@ def test_bad_questions_are_refused(engine: Engine, image: np.ndarray) -> None:
     for question in ("", "  ", "is <image> here?", "<loc0001>", "the <eos>", "shape " * 200):
         with pytest.raises((PromptError, InputError)):
             engine.answer(image, question)
-    with pytest.raises(InputError, match="choice"):
-        engine.answer(image, "red", choices=["yes", ""])
+    for choices in (["yes", ""], "blue", [1], ["\ud800"], ["<eos>"], ["blue", "Blue"], ["blue " * 300]):
+        with pytest.raises(InputError):
+            engine.answer(image, "red", choices=choices)  # type: ignore[arg-type]
+    for bad in (None, 3, b"red"):
+        with pytest.raises(InputError):
+            engine.generate(image, bad)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="language"):
+        engine.answer(image, "red", language=None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pairs"):
+        engine.answer_batch((image, "red"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="choices is empty"):
         engine.answer(image, "red", choices=[])
     with pytest.raises(ImageError):
         engine.stream(Image, "red")
 
 
-def test_threads_must_be_positive(bundle: Path) -> None:
+@pytest.mark.parametrize("threads", [0, -1, 10**11, "2"])
+def test_threads_must_be_sensible(bundle: Path, threads: int) -> None:
     with pytest.raises(InputError, match="threads"):
-        pgfast.load(bundle, threads=0)
+        pgfast.load(bundle, threads=threads)
+
+
+def test_features_of_another_shape_are_refused(engine: Engine, image: np.ndarray) -> None:
+    encoded = engine.encode_image(image)
+    for features in (encoded.image_features[:, :10], np.repeat(encoded.image_features, 2, axis=0)):
+        with pytest.raises(InputError, match="image_features"):
+            engine.answer(dataclasses.replace(encoded, image_features=features), "red")

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Shape, make_checkpoint
 from pgfast.export import build
-from pgfast.export.build import ExportOptions, export
+from pgfast.export.build import export
 from pgfast.export.config import TEXT_DEFAULTS, VISION_DEFAULTS, parse_config
+from pgfast.export.plan import ExportOptions
 from safetensors.numpy import load_file, save_file
 
 from pgfast.errors import ExportError, PgfastError, WeightMismatchError
@@ -165,6 +167,95 @@ def test_weights_beyond_fp16_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize("options", [{"precision": "fp12"}, {"target": "tpu"}, {"answer_template": "answer en"}])
 def test_unknown_options_are_refused(copy: Path, options: dict[str, str]) -> None:
     refused(copy, ExportError, "precision is one of|answer template", **options)
+
+
+def test_nan_in_weights_names_the_tensor(copy: Path) -> None:
+    for value in (np.nan, np.inf):
+        edit_weights(copy, lambda tensors, value=value: tensors[NORM].__setitem__(0, value))
+        refused(copy, ExportError, rf"{NORM} .*NaN or infinite")
+
+
+def test_other_types_of_weights_are_refused(copy: Path) -> None:
+    edit_weights(copy, lambda tensors: tensors.update({NORM: tensors[NORM].astype(np.int8)}))
+    refused(copy, ExportError, rf"{NORM} in model\.safetensors has type I8")
+
+
+def test_half_a_shard_and_a_missing_shard_are_named(copy: Path) -> None:
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(copy, ExportError, r"model\.safetensors is damaged or incomplete")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(copy, ExportError, r"model-00001-of-00002\.safetensors is missing")
+
+
+def test_a_pickle_checkpoint_comes_with_the_command_that_converts_it(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    refused(copy, ExportError, r"pytorch_model\.bin is a pickle.*save_pretrained")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(build, "_write_files", None)
+    refused(copy, ExportError, "GB free, the bundle needs")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(copy: Path) -> None:
+    text = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text("{}")
+    refused(copy, ExportError, "tokenizer cannot be used")
+    raw = json.loads(text)
+    raw["model"]["vocab"] |= {f"w{i}": 1300 + i for i in range(200)}
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    refused(copy, ExportError, "do not belong together")
+
+
+def test_a_sliding_window_shorter_than_an_answer_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", Shape(gemma2=True))
+    edit_json(folder / "config.json", lambda raw: raw["text_config"].update(sliding_window=8))
+    refused(folder, ExportError, "sliding_window 8")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("preprocessor_config.json", lambda raw: raw.update(resample=[3])),
+        ("preprocessor_config.json", lambda raw: raw.update(image_mean="123")),
+        ("preprocessor_config.json", lambda raw: raw.update(image_mean=[float("nan")] * 3)),
+        ("config.json", lambda raw: raw["text_config"].update(model_type=["gemma"])),
+        ("config.json", lambda raw: raw["text_config"].update(max_position_embeddings=10**12)),
+        ("config.json", lambda raw: raw["text_config"].update(rope_parameters=[1])),
+        ("config.json", lambda raw: raw.update(tie_word_embeddings="false")),
+        ("config.json", lambda raw: raw.update(bos_token_id=True)),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(copy: Path, file: str, change: Callable[[Any], object]) -> None:
+    edit_json(copy / file, change)
+    refused(copy, ExportError, r"resample|image_mean|gemma|max_position|rope_parameters|tie_word|bos_token_id")
+
+
+def test_files_that_are_no_json_objects_are_refused(copy: Path) -> None:
+    (copy / "preprocessor_config.json").unlink()
+    (copy / "processor_config.json").write_text("[1]")
+    refused(copy, ExportError, "preprocessor_config")
+    (copy / "config.json").write_text("[" * 200_000)
+    refused(copy, ExportError, "config.json")
+
+
+@pytest.mark.parametrize("name", ["~nobodyxyz/x", "x" * 300, "a\0b"])
+def test_names_that_the_system_refuses_are_refused(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError):
+        export(name, tmp_path / "out", ExportOptions())
+    if "\0" not in name and "/" not in name:
+        with pytest.raises(ExportError):
+            export(str(checkpoint), tmp_path / name / "out" / name, ExportOptions())
+
+
+def test_verification_fails_when_logits_are_not_finite(copy: Path) -> None:
+    edit_weights(
+        copy, lambda tensors: tensors.update({k: v * 300 for k, v in tensors.items() if "mlp" in k or "embed_tokens" in k})
+    )
+    refused(copy, ExportError, "not finite|differs", precision="fp16", verify=True)
 
 
 def test_verification_fails_above_the_threshold(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

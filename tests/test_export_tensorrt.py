@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tensorrt_rtx as trt
 from conftest import Shape, make_bundle, make_checkpoint
 
-from pgfast.bundle import Bundle, Manifest
-
-trt = pytest.importorskip("tensorrt_rtx")
+from pgfast.bundle import Bundle
+from pgfast.manifest import Manifest
 
 Profile = dict[str, tuple[int, ...]]
 

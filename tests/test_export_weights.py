@@ -12,7 +12,7 @@ from conftest import make_bundle, open_model, random_pixels
 from pgfast.export.config import read_config
 from pgfast.export.gemma import rotary_tables
 from pgfast.export.tensors import canonical_name
-from pgfast.export.verify import relative_error
+from pgfast.export.verify import TransformersReference, relative_error
 from safetensors.numpy import load_file, save_file
 
 PROMPT = [2, 7, 5, 12, 9, 4]
@@ -47,6 +47,16 @@ def test_both_state_dict_layouts_give_the_same_logits(layout: str, checkpoint: P
     save_file({rename(layout, name): tensor for name, tensor in tensors.items()}, copy / "model.safetensors")
     ours, wanted = make_bundle(copy, tmp_path / "ours"), make_bundle(checkpoint, tmp_path / "wanted")
     np.testing.assert_array_equal(logits(ours), logits(wanted))
+
+
+def test_a_stored_head_that_differs_is_kept(copy: Path, tmp_path: Path) -> None:
+    """transformers does not tie what is stored apart, whatever config.json says."""
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["language_model.model.embed_tokens.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    ours = make_bundle(copy, tmp_path / "ours")
+    reference = TransformersReference(copy)
+    assert relative_error(logits(ours)[0], reference.logits(random_pixels(0, 32), PROMPT)) < 1e-5
 
 
 def test_sharded_files_and_a_tied_head_saved_twice_are_read(checkpoint: Path, copy: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pgfast.bundle import ImageSpec
 from pgfast.errors import ImageError
 from pgfast.image import open_image, to_pixel_values
+from pgfast.manifest import ImageSpec
 
 
 def spec(size: int, resampling: str = "bicubic") -> ImageSpec:
@@ -79,6 +79,25 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert rgb.shape == (5, 5, 3)
     if mode not in ("1", "P"):
         assert abs(int(rgb[2, 2, 0]) - 128) <= 1
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B"])
+def test_sixteen_bits_are_scaled_not_clipped(mode: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    if mode == "I":
+        image = Image.fromarray(ramp.astype(np.int32))
+    elif mode == "I;16":
+        image = Image.fromarray(ramp)
+    else:
+        image = Image.frombytes("I;16B", (256, 4), ramp.astype(">u2").tobytes())
+    assert image.mode == mode
+    np.testing.assert_array_equal(np.asarray(open_image(image))[0, :, 0], ramp[0] // 257)
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (4, 4)), Image.new("I", (4, 4), 10**6), Image.new("I", (4, 4), -1)])
+def test_values_without_a_known_range_are_refused(image: Image.Image) -> None:
+    with pytest.raises(ImageError, match="8 bit"):
+        open_image(image)
 
 
 def png_of_size(width: int, height: int) -> bytes:

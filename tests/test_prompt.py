@@ -85,5 +85,5 @@ def test_templates_leave_braces_in_the_question_alone() -> None:
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a usable tokenizer"):
         Tokenizer(path, bos_id=2)

@@ -118,6 +118,37 @@ def test_options_of_every_provider() -> None:
     assert rtx[0][1]["nv_profile_opt_shapes"] == profile
 
 
+def test_engines_of_different_bundles_are_kept_apart(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime names an engine after the graph alone: two fine-tunes of one model would share it."""
+    from conftest import Shape, make_bundle, make_checkpoint
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = [make_bundle(make_checkpoint(tmp_path / f"c{i}", Shape(seed=i)), tmp_path / f"b{i}") for i in range(2)]
+    caches = {pgfast.load(folder)._target.cache_dir for folder in folders}
+    assert len(caches) == 2
+    assert all(cache.parent == tmp_path / "pgfast" for cache in caches)
+
+
+def test_auto_goes_on_when_a_session_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA is there, its libraries load, and the session fails all the same (out of memory, say)."""
+    from pgfast.runtime import model, session
+
+    def fails_on_cuda(path: Path, spec: Any, target: Target, **rest: Any) -> Any:
+        if target.name == "cuda":
+            raise session.failure("it does not load", target, RuntimeError("CUDA failure 2: out of memory"))
+        return real(path, spec, target, **rest)
+
+    real = model.open_session
+    monkeypatch.setattr(model, "open_session", fails_on_cuda)
+    monkeypatch.setattr("pgfast.engine.check_available", lambda name: None)
+    monkeypatch.setattr(
+        "pgfast.engine.candidates", lambda provider, dialect: [provider] if provider != "auto" else ["cuda", "cpu"]
+    )
+    assert pgfast.load(bundle).provider == "cpu"
+    with pytest.raises(ProviderError, match="out of memory"):
+        pgfast.load(bundle, provider="cuda")
+
+
 def test_fixed_shapes_get_a_session_each_and_padded_prompts(bundle: Path) -> None:
     """TensorRT's way of running, on the CPU: one session per shape, prompts padded to a multiple of 16."""
     from conftest import open_model, random_pixels

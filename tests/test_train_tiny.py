@@ -164,6 +164,15 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_pictures")
+def test_bad_folders_get_a_train_error(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(TrainError, match="damaged"):
+        run(tmp_path)
+    with pytest.raises(TrainError, match="cannot be created"):
+        run(tmp_path / "state.pt" / "below")
+
+
+@pytest.mark.usefixtures("few_pictures")
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

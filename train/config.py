@@ -1,4 +1,4 @@
-"""What a training run is made of: one dataclass, every value overridable from the command line."""
+"""What a training run is made of: one dataclass, its numbers overridable from the command line."""
 
 from __future__ import annotations
 

@@ -52,11 +52,14 @@ class TinyRun:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config, self.out, self.on_progress = config, out, on_progress
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainError(f"{out} cannot be created: {error.strerror}") from error
         everything = easy_vqa_data.load("train")
         self.train, self.validation = easy_vqa_data.hold_out(everything, config.validation_fraction, config.seed)
         self.boxes = easy_vqa_data.bounding_boxes(self.train.images)
-        words = [config.prompt.format(language="en", text=""), *everything.texts, *everything.answers]
+        words = [fill_template(config.prompt, language="en", text=""), *everything.texts, *everything.answers]
         self.hf_tokenizer = tiny_paligemma.build_tokenizer(words)
         hf_config = tiny_paligemma.build_config(self.hf_tokenizer)
         # eager attention with bf16 matmuls is the quickest on CPU: 0.28 s a step against 0.5 s with sdpa
@@ -169,7 +172,10 @@ class TinyRun:
         path = self.out / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # whatever torch and pickle raise for a damaged file
+            raise TrainError(f"{path} is damaged: remove it to start again") from error
         if state["config"] != self.config.digest():
             raise TrainError(f"{self.out} holds a run with another recipe: choose another folder or remove it")
         self.stage, self.step = state["stage"], state["step"]

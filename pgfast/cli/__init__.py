@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -56,6 +58,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 fine, 1 a check failed, 2 something the user can mend, 130 interrupted."""
     try:
         result = cli.main(args, prog_name="pgfast", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except PgfastError as error:
         fail(str(error))
@@ -65,13 +68,20 @@ def main(args: list[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         print("pgfast: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # the reader went away (a pipe into head); nothing is wrong
-        sys.stderr.close()
-        sys.exit(0)
+    except OSError as error:
+        # what was printed could not be delivered; the interpreter must not try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # the reader went away (a pipe into head); click, too, exits with 1 then
+            sys.exit(1)
+        fail(str(error))
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names in messages may come from a stranger's bundle."""
+    return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
 
 
 def fail(message: str) -> NoReturn:
     """Print one line to stderr and exit with 2."""
-    print(f"pgfast: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"pgfast: error: {printable(message)}", file=sys.stderr)
     sys.exit(USER_ERROR)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
-from pgfast.bundle import Bundle, Manifest
+from pgfast.bundle import Bundle
+from pgfast.cli import printable
+from pgfast.manifest import Manifest
 
 
 @click.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PGFAST_MODEL")
 @click.option("--check", is_flag=True, help="Hash files larger than 64 MiB too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
 def inspect(bundle: Path | None, check: bool, as_json: bool) -> None:
@@ -38,4 +40,4 @@ def _summary(m: Manifest, checked: bool) -> str:
     for name, entry in m.files.items():
         lines.append(f"{name:28}{entry.size:>14,} bytes  sha256 {entry.sha256[:16]}")
     lines.append("all hashes match" if checked else "all sizes match, hashes of files up to 64 MiB match")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

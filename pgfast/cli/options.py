@@ -52,9 +52,10 @@ def generate_options(values: dict[str, Any]) -> GenerateOptions:
 def load_engine(model: str | None, provider: str, threads: int | None) -> Engine:
     """Load the bundle and say on stderr what answers and where."""
     import pgfast
+    from pgfast.cli import printable
 
     engine = pgfast.load(model, provider=provider, threads=threads)
-    what = engine.manifest.source.checkpoint
+    what = printable(engine.manifest.source.checkpoint)
     if model is None:
         what = "the embedded demo model (it knows one-shape pictures only; -m BUNDLE for your own)"
     print(f"pgfast: {what}, on {engine.provider}", file=sys.stderr)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgfast.bundle import Manifest
+from pgfast.manifest import Manifest
 
 from .providers import Shapes, Target, import_onnxruntime
+from .session import failure
 
 PROMPT_BUCKET = 16
 """Providers with fixed shapes get prompts padded to multiples of this many tokens."""
@@ -84,8 +85,7 @@ class Decoder:
             "write_indices": self._on_device(np.zeros(batch, dtype=np.int64)),
             "kv_lengths": self._on_device(lengths),
         }
-        session, binding = self._bind(inputs)
-        session.run_with_iobinding(binding)
+        self._run(*self._bind(inputs))
         self._lengths = lengths
 
     def step(self, tokens: NDArray[np.int64] | None = None) -> None:
@@ -108,8 +108,15 @@ class Decoder:
             self._step_inputs["kv_lengths"].update_inplace(self._lengths + 1)
         if tokens is not None:
             self._outputs["next_token"].update_inplace(np.ascontiguousarray(tokens, dtype=np.int64)[:, None])
-        self._step_session.run_with_iobinding(self._step_binding)
+        self._run(self._step_session, self._step_binding)
         self._lengths = self._lengths + 1
+
+    def _run(self, session: Any, binding: Any) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            self._batch, self._step_binding = 0, None  # whatever is in the cache now is of no use
+            raise failure("the decoder fails", self._target, error) from error
 
     def _allocate(self, batch: int) -> None:
         """Make the cache and the outputs for this many rows, unless they are there already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from pgfast.bundle import Bundle
 
 from .decoder import Decoder
 from .providers import Shapes, Target
-from .session import open_session
+from .session import failure, open_session
 
 
 class Model:
@@ -30,22 +31,35 @@ class Model:
     def __init__(self, bundle: Bundle, target: Target, threads: int | None = None) -> None:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
-        if not target.static_shapes:  # a graph that does not load should fail now, not at the first question
+        self._opening = threading.Lock()
+        # what does not load or run here should fail now, not at the first question
+        if target.static_shapes:
+            size = bundle.manifest.image.size
+            self.encode(np.zeros((1, 3, size, size), np.float32))
+        else:
             self._session("vision_encoder", None)
             self._session("decoder", None)
-        self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes))
+        self.decoder = self.new_decoder()
+
+    def new_decoder(self) -> Decoder:
+        """Return a decoder with a cache of its own, for a generation that others may interrupt."""
+        return Decoder(self._bundle.manifest, self._target, lambda shapes: self._session("decoder", shapes))
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
-        features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
+        try:
+            features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
+        except Exception as error:
+            raise failure("the vision encoder fails", self._target, error) from error
         return features
 
     def _session(self, graph: str, shapes: Shapes | None) -> Any:
         key = (graph, tuple((name, tuple(shape)) for name, shape in shapes.items()) if shapes else None)
-        if key not in self._sessions:
-            spec = self._bundle.manifest.graphs[graph]
-            path = self._bundle.path(spec.file)
-            self._sessions[key] = open_session(path, spec, self._target, threads=self._threads, shapes=shapes)
-        return self._sessions[key]
+        with self._opening:
+            if key not in self._sessions:
+                spec = self._bundle.manifest.graphs[graph]
+                path = self._bundle.path(spec.file)
+                self._sessions[key] = open_session(path, spec, self._target, threads=self._threads, shapes=shapes)
+            return self._sessions[key]

@@ -52,7 +52,8 @@ class Target:
     @property
     def device(self) -> str:
         """ONNX Runtime's name of the memory that tensors live in."""
-        return "cpu" if self.name == "cpu" else "cuda"
+        # the RTX plugin comes with the CPU build of onnxruntime, which cannot allocate on a GPU: it copies
+        return "cuda" if self.name in ("cuda", "tensorrt") else "cpu"
 
     def ort_providers(self, shapes: Shapes | None = None, prefix: str = "") -> list[tuple[str, dict[str, str]]]:
         """Return provider names and options in ONNX Runtime's order of preference.

@@ -26,8 +26,11 @@ def sample(logits: NDArray[np.float32], *, temperature: float, top_k: int, top_p
     order = np.argsort(-logits, kind="stable")  # [V], most probable first
     if top_k:
         order = order[:top_k]
-    probabilities = np.exp(log_softmax(logits[order] / np.float32(temperature)))
-    cumulative = np.cumsum(probabilities)
+    # from the largest down, so that a tiny temperature sends the rest to zero instead of everything to infinity
+    with np.errstate(over="ignore"):
+        shifted = (logits[order].astype(np.float64) - logits.max()) / temperature
+    weights = np.exp(shifted)
+    cumulative = np.cumsum(weights / weights.sum())
     if top_p < 1:
         keep = int(np.searchsorted(cumulative, top_p)) + 1
         order, cumulative = order[:keep], cumulative[:keep]

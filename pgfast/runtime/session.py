@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pgfast.bundle import GraphSpec
-from pgfast.errors import BundleError, ProviderError
+from pgfast.errors import BundleError, PgfastError, ProviderError
+from pgfast.manifest import GraphSpec
 
 from .providers import Shapes, Target, import_onnxruntime, rtx_devices
 
@@ -31,21 +31,29 @@ def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = min(threads, 1024)
+    if target.static_shapes:
+        target.cache_dir.mkdir(parents=True, exist_ok=True)
     providers = target.ort_providers(shapes, _session_name(path, shapes))
     try:
         if target.name == "tensorrt-rtx":
             options.add_provider_for_devices([rtx_devices(ort)[target.device_id]], providers[0][1])
             session = ort.InferenceSession(str(path), options)
         else:
-            session = ort.InferenceSession(str(path), options, providers=providers)
+            # no fallback of its own: it prints to stdout and moves the work elsewhere
+            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
     except Exception as error:  # ONNX Runtime has a dozen exception types without a common root
-        reason = " ".join(str(error).split())[:300]
-        raise BundleError(f"{path.name} does not load on {target.name}: {reason}") from error
+        raise failure(f"{path.name} does not load", target, error) from error
     if providers[0][0] not in session.get_providers():
         raise ProviderError(f"{target.name} could not be started for {path.name}: 'pgfast doctor' says what is missing")
     _check_interface(path, spec, session)
     return session
+
+
+def failure(what: str, target: Target, error: BaseException) -> PgfastError:
+    """Turn what ONNX Runtime raised into one line: on the CPU the graph is to blame, elsewhere perhaps the device."""
+    reason = " ".join(str(error).split())[:300]
+    return (BundleError if target.name == "cpu" else ProviderError)(f"{what} on {target.name}: {reason}")
 
 
 def _session_name(path: Path, shapes: Shapes | None) -> str:

@@ -1,0 +1,157 @@
+"""What an export will write, worked out and checked before the first byte is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+import pgfast
+from pgfast.errors import ExportError, PgfastError
+from pgfast.manifest import FORMAT_VERSION, TOKENIZER, Dimensions, Limits, Manifest, Source, TokenIds
+from pgfast.prompt import Tokenizer, fill_template
+
+from . import graphs, weights
+from .checkpoint import CheckpointFolder, locate, read_image_spec
+from .config import PaliGemmaConfig, read_config
+from .layers import Dialect
+from .tensors import Checkpoint
+
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD}
+PROMPTS = {
+    "answer": "answer {language} {text}",
+    "caption": "caption {language}",
+    "detect": "detect {text}",
+    "segment": "segment {text}",
+    "ocr": "ocr",
+}
+"""The prefixes PaliGemma was pretrained with (big_vision, configs/proj/paligemma/README.md)."""
+TEXT_TOKENS = 128
+"""Most prompt tokens, and most new tokens: the text length of PaliGemma's pretraining."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What to write."""
+
+    precision: str = "fp32"
+    target: str = "cpu"
+    answer_template: str = PROMPTS["answer"]
+    """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
+    verify: bool = False
+    """Compare the bundle with transformers before it gets its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything an export needs."""
+
+    source: CheckpointFolder
+    tensors: Checkpoint
+    manifest: Manifest
+    """Complete but for the files."""
+    models: dict[str, ir.Model]
+    """Graphs whose initializers have no values yet."""
+    rows: dict[str, list[weights.Row]]
+    """Where the initializers come from, by graph."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all weights to write."""
+        return sum(bytes_of(value) for model in self.models.values() for value in parameters(model))
+
+
+def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
+    """Read headers and configuration, build the graphs, and compare them; no weight is read but a head's.
+
+    Raises:
+        ExportError: The checkpoint or an option cannot be used.
+        WeightMismatchError: Tensors do not fit the config.
+    """
+    if options.precision not in DTYPES or options.target not in DIALECT_OF:
+        raise ExportError(f"precision is one of {', '.join(DTYPES)}; target is one of {', '.join(DIALECT_OF)}")
+    if "{text}" not in options.answer_template:
+        raise ExportError("the answer template has no {text} for the question")
+    source = locate(checkpoint)
+    config = read_config(source.path / "config.json")
+    tensors = Checkpoint(source.path)
+    config = weights.settle_head(config, tensors)
+    rows = {
+        graphs.VISION_ENCODER: list(weights.vision_rows(config)),
+        graphs.DECODER: list(weights.decoder_rows(config)),
+    }
+    weights.check_weights(tensors, [row for group in rows.values() for row in group], tied=config.text.tied)
+    _check_tokenizer(source.path, config, options)
+    manifest = _manifest(config, options, source)
+    window = config.text.sliding_window
+    if window is not None and window < manifest.cache_length:
+        raise ExportError(f"sliding_window {window} is shorter than an answer can be: not supported")
+    dtype = DTYPES[options.precision]
+    models = {
+        graphs.VISION_ENCODER: graphs.build_vision_encoder(config, dtype),
+        graphs.DECODER: graphs.build_decoder(config, dtype, DIALECT_OF[options.target], manifest.cache_length),
+    }
+    specs = {name: graphs.graph_spec(model, f"{name}.onnx") for name, model in models.items()}
+    return Plan(source, tensors, dataclasses.replace(manifest, graphs=specs), models, rows)
+
+
+def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder) -> Manifest:
+    """Everything but the graphs and the files, which are not written yet."""
+    text, p = config.text, config.vision.num_image_tokens
+    room = min(TEXT_TOKENS, (text.max_position_embeddings - p) // 2)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        family="paligemma2" if text.model_type == "gemma2" else "paligemma",
+        precision=options.precision,
+        target=options.target,
+        dialect=str(DIALECT_OF[options.target]),
+        dimensions=Dimensions(
+            num_image_tokens=p,
+            **{f.name: getattr(text, f.name) for f in dataclasses.fields(Dimensions) if f.name != "num_image_tokens"},
+        ),
+        image=read_image_spec(source.path, config.vision.image_size),
+        tokens=TokenIds(config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id),
+        prompts=PROMPTS | {"answer": options.answer_template},
+        limits=Limits(prompt_tokens=room, new_tokens=room),
+        graphs={},
+        files={},
+        source=Source(source.name, source.revision),
+        exporter=f"pgfast {pgfast.__version__}",
+    )
+
+
+def parameters(model: ir.Model) -> list[ir.Value]:
+    """Initializers that come from the table; the builder's own constants already have their value."""
+    return [value for value in model.graph.initializers.values() if value.const_value is None]
+
+
+def bytes_of(value: ir.Value) -> int:
+    """Size of an initializer."""
+    shape, dtype = shape_and_type(value)
+    return int(np.prod(shape) * dtype.itemsize)
+
+
+def shape_and_type(value: ir.Value) -> tuple[tuple[int, ...], ir.DataType]:
+    """Parameters always have both."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    return tuple(value.shape.numpy()), value.dtype
+
+
+def _check_tokenizer(source: Path, config: PaliGemmaConfig, options: ExportOptions) -> None:
+    """Make sure that the runtime will take the tokenizer and that it belongs to the weights."""
+    path = source / TOKENIZER
+    if not path.is_file():
+        raise ExportError(f"no {TOKENIZER} in {source}: save the fast tokenizer with the checkpoint")
+    try:
+        tokenizer = Tokenizer(path, bos_id=config.bos_token_id)
+        tokenizer.check_ids(config.text.vocab_size)
+        tokenizer.encode_prompt(
+            fill_template(options.answer_template, text="what is this?", language="en"), max_tokens=TEXT_TOKENS
+        )
+    except PgfastError as error:
+        raise ExportError(f"the checkpoint's tokenizer cannot be used: {error}") from error

@@ -1,0 +1,263 @@
+"""The manifest (`pgfast.json`): every number of a bundle.
+
+The runtime has no architectural defaults of its own: what is not in the manifest is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pgfast.errors import BundleError
+
+MANIFEST = "pgfast.json"
+TOKENIZER = "tokenizer.json"
+FORMAT_VERSION = 1
+FAMILIES, PRECISIONS, TARGETS = ("paligemma", "paligemma2"), ("fp32", "fp16"), ("cpu", "cuda", "tensorrt")
+DIALECTS, RESAMPLING = ("ort", "standard"), ("bicubic", "bilinear")
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """Sizes of the model."""
+
+    num_image_tokens: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """How a picture becomes `pixel_values`."""
+
+    size: int
+    """Side in pixels; pictures are squashed to a square."""
+    mean: list[float]
+    std: list[float]
+    rescale_factor: float
+    resampling: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Ids the runtime itself needs."""
+
+    bos: int
+    eos: int
+    pad: int
+    image: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Most tokens per answer; together with the image tokens they size the cache."""
+
+    prompt_tokens: int
+    """`<bos>`, text and newline."""
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """One ONNX graph; inputs and outputs as `name: type[dims]`."""
+
+    file: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file as it was written."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weights come from."""
+
+    checkpoint: str
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of `pgfast.json`."""
+
+    format_version: int
+    family: str
+    precision: str
+    target: str
+    dialect: str
+    dimensions: Dimensions
+    image: ImageSpec
+    tokens: TokenIds
+    prompts: dict[str, str]
+    """Templates by task; `{text}` and `{language}` are filled in."""
+    limits: Limits
+    graphs: dict[str, GraphSpec]
+    files: dict[str, FileEntry]
+    source: Source
+    exporter: str
+    """Name and version of the program that wrote the bundle."""
+    parity: dict[str, Any] | None = None
+    """Report of `pgfast export --verify`."""
+
+    @property
+    def cache_length(self) -> int:
+        """T: key/value slots that the longest answer needs."""
+        return self.dimensions.num_image_tokens + self.limits.prompt_tokens + self.limits.new_tokens
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def digest(self) -> str:
+        """Hash of all files' hashes: tells bundles apart."""
+        return hashlib.sha256(
+            "".join(f"{name}{entry.sha256}" for name, entry in sorted(self.files.items())).encode()
+        ).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse and check.
+
+        Raises:
+            BundleError: Not JSON, a newer format, a missing or unknown key, or a value that makes no sense.
+        """
+        try:
+            raw = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise BundleError(f"{MANIFEST} is not a JSON object")
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            hint = "upgrade pgfast" if isinstance(version, int) and version > FORMAT_VERSION else "export the checkpoint again"
+            raise BundleError(f"{MANIFEST} has format version {version!r}, this pgfast reads {FORMAT_VERSION}: {hint}")
+        manifest = _parse(cls, raw, "")
+        _check(manifest)
+        return manifest
+
+
+def _check(m: Manifest) -> None:
+    """Refuse values that no exporter writes."""
+    for what, value, allowed in (
+        ("family", m.family, FAMILIES),
+        ("precision", m.precision, PRECISIONS),
+        ("target", m.target, TARGETS),
+        ("dialect", m.dialect, DIALECTS),
+        ("image.resampling", m.image.resampling, RESAMPLING),
+    ):
+        if value not in allowed:
+            raise BundleError(f"{MANIFEST}: {what} is {value!r}, this pgfast knows {', '.join(allowed)}")
+    for part in (m.dimensions, m.limits):
+        for field in dataclasses.fields(part):
+            if not 0 < getattr(part, field.name) < (1000 if field.name == "num_hidden_layers" else 2**24):
+                raise BundleError(f"{MANIFEST}: {field.name} is {getattr(part, field.name)}")
+    numbers = [m.image.rescale_factor, *m.image.std]
+    if (
+        not 0 < m.image.size <= 4096
+        or (len(m.image.mean), len(m.image.std)) != (3, 3)
+        or not all(1e-6 < number < 1e6 for number in numbers)
+        or not all(abs(number) < 1e6 for number in m.image.mean)
+    ):
+        raise BundleError(f"{MANIFEST}: the image section makes no sense")
+    if any(not 0 <= id < m.dimensions.vocab_size for id in (m.tokens.bos, m.tokens.eos, m.tokens.pad)):
+        raise BundleError(f"{MANIFEST}: a token id is outside the vocabulary")
+    if m.cache_length > m.dimensions.max_position_embeddings:
+        raise BundleError(f"{MANIFEST}: the limits exceed the model's {m.dimensions.max_position_embeddings} positions")
+    if "{text}" not in m.prompts.get("answer", ""):
+        raise BundleError(f"{MANIFEST}: prompts has no template for 'answer' with {{text}} in it")
+    check_interface(m)
+    for name in (TOKENIZER, *(graph.file for graph in m.graphs.values())):
+        if name not in m.files:
+            raise BundleError(f"{MANIFEST}: files does not list {name}")
+    for name in m.files:
+        if Path(name).name != name or "\\" in name or name in ("", ".", "..", MANIFEST):
+            raise BundleError(f"{MANIFEST}: {name!r} is not the name of a file inside the bundle")
+
+
+def check_interface(m: Manifest) -> None:
+    """Compare the graphs' inputs and outputs, which every session is held to, with the dimensions."""
+    d, image = m.dimensions, f"float32[B, 3, {m.image.size}, {m.image.size}]"
+    if set(m.graphs) != {"vision_encoder", "decoder"}:
+        raise BundleError(f"{MANIFEST}: graphs must be vision_encoder and decoder")
+    decoder = m.graphs["decoder"]
+    cache = decoder.inputs.get("past_key_values.0.key", "")
+    dtype, slots = cache.split("[")[0], m.cache_length if m.dialect == "standard" else "T"
+    shape = f"{dtype}[B, {d.num_key_value_heads}, {slots}, {d.head_dim}]"
+    names = [f"{layer}.{part}" for layer in range(d.num_hidden_layers) for part in ("key", "value")]
+    integers = {"write_indices": "int64[B]", "kv_lengths": "int64[B]"}
+    features = f"{dtype}[B, %s, {d.hidden_size}]"
+    inputs = {"input_ids": "int64[B, S]", "image_features": features % "P"} | integers
+    outputs = {"logits": f"float32[B, {d.vocab_size}]", "next_token": "int64[B, 1]", "next_token_logprob": "float32[B, 1]"}
+    for graph, wanted_inputs, wanted_outputs in (
+        (m.graphs["vision_encoder"], {"pixel_values": image}, {"image_features": features % d.num_image_tokens}),
+        (
+            decoder,
+            inputs | {f"past_key_values.{name}": shape for name in names},
+            outputs | {f"present.{name}": shape for name in names},
+        ),
+    ):
+        for found, wanted in ((graph.inputs, wanted_inputs), (graph.outputs, wanted_outputs)):
+            if found != wanted:
+                name = min(name for name, _ in set(found.items()) ^ set(wanted.items()))
+                raise BundleError(f"{MANIFEST}: {graph.file}'s {name} does not fit the dimensions")
+    if dtype != {"fp32": "float32", "fp16": "float16"}[m.precision]:
+        raise BundleError(f"{MANIFEST}: the cache is {dtype or 'missing'}, which does not fit precision {m.precision}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+T = TypeVar("T")
+
+
+def _parse(kind: type[T], value: Any, where: str) -> T:
+    """Build a value of the annotated type from JSON, strictly: no missing or unknown keys, no conversions."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return typing.cast(T, _parse_dataclass(kind, value, where))
+    if origin is types.UnionType:
+        if value is None:
+            return typing.cast(T, None)
+        return typing.cast(T, _parse(args[0], value, where))
+    if origin is dict and isinstance(value, dict):
+        return typing.cast(T, {key: _parse(args[1], item, f"{where}.{key}") for key, item in value.items()})
+    if origin is list and isinstance(value, list):
+        return typing.cast(T, [_parse(args[0], item, where) for item in value])
+    if kind is Any:
+        return typing.cast(T, value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        return typing.cast(T, float(value))
+    if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise BundleError(f"{MANIFEST}: {where.lstrip('.')} is not a {getattr(kind, '__name__', kind)}")
+
+
+def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise BundleError(f"{MANIFEST}: {where.lstrip('.')} is not an object")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(value) - set(fields)):
+        raise BundleError(f"{MANIFEST}: {where.lstrip('.') or 'the manifest'} has the unknown key {unknown[0]!r}")
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    if missing := sorted(required - set(value)):
+        raise BundleError(f"{MANIFEST}: {'.'.join([*where.lstrip('.').split('.'), missing[0]]).lstrip('.')} is missing")
+    return kind(**{name: _parse(hints[name], item, f"{where}.{name}") for name, item in value.items()})
