@@ -41,9 +41,9 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pgfast needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --upgrade 'pip>=25.1'
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --upgrade 'pip>=25.1'
 	$(PIP) install -c constraints.txt -e '.[cpu]'
 	touch $@
 
