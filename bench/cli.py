@@ -41,3 +41,21 @@ def synth(model: str, out: Path, seed: int) -> None:
 
     synthesize(model, out, seed, lambda done, total: print(f"\r{done}/{total} tensors", end="", file=sys.stderr))
     print(f"\npgfast: wrote {out}", file=sys.stderr)
+
+
+@bench.command()
+@click.argument("bundles", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def accuracy(bundles: tuple[str, ...], as_json: bool) -> None:
+    """Answer the easy-VQA test split with each of BUNDLES (by default the embedded one): what a precision costs."""
+    from .accuracy import measure
+
+    reports = [measure(bundle) for bundle in (bundles or (None,))]
+    if as_json:
+        print(json.dumps(reports, indent=2))
+        return
+    for r in reports:
+        print(
+            f"{r['bundle']:16} {r['precision']:5} vision {r['vision_precision']:5} {r['megabytes']:8.2f} MB  "
+            f"{r['accuracy']:8.3%} of {r['count']}, {r['wrong']} wrong, mean confidence {r['mean_confidence']:.4f}"
+        )

@@ -8,7 +8,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from pgfast.manifest import MANIFEST, TOKENIZER, Manifest
 
 from . import weights
 from .data_file import DataFile
-from .plan import ExportOptions, Plan, bytes_of, make_plan, parameters, shape_and_type
+from .graphs import Graph
+from .plan import ExportOptions, Plan, bytes_of, make_plan, shape_and_type
+from .storage import Kind
 from .tensors import Array, Checkpoint
 
 Progress = Callable[[int, int], None]
@@ -67,11 +69,11 @@ def _write_files(plan: Plan, folder: Path, on_progress: Progress) -> dict[str, A
         on_progress(done, total)
 
     files = {}
-    for name, model in plan.models.items():
+    for name, graph in plan.graphs.items():
         with DataFile(folder / f"{name}.onnx.data", on_bytes) as data:
-            _write_weights(model, plan.rows[name], plan.tensors, data)
+            _write_weights(graph, plan.rows[name], plan.tensors, data)
             files[data.path.name] = data.finish()
-        ir.save(model, folder / f"{name}.onnx")
+        ir.save(graph.model, folder / f"{name}.onnx")
     shutil.copyfile(plan.source.path / TOKENIZER, folder / TOKENIZER)
     for path in folder.iterdir():
         if path.name not in files:
@@ -92,19 +94,38 @@ def _verify(plan: Plan, bundle: Bundle) -> dict[str, Any]:
         raise ExportError(f"transformers cannot load the checkpoint: {error}") from error
 
 
-def _write_weights(model: ir.Model, rows: Sequence[weights.Row], tensors: Checkpoint, data: DataFile) -> None:
+def _write_weights(graph: Graph, rows: Sequence[weights.Row], tensors: Checkpoint, data: DataFile) -> None:
     """Write the initializers of one graph, one tensor at a time, and point the graph at them."""
-    by_name = {row.parameter: row for row in rows}
-    values = parameters(model)
-    assert {value.name for value in values} == set(by_name), "graph and weight table differ"
-    for value in values:
-        shape, dtype = shape_and_type(value)
-        name, nbytes = str(value.name), bytes_of(value)
-        cast = functools.partial(_cast, dtype=dtype, name=name)
-        offset = data.add(by_name[name].pieces(tensors, cast), nbytes)
-        value.const_value = ir.ExternalTensor(
-            data.path.name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=data.path.parent
-        )
+    values = {str(value.name): value for value in graph.parameters()}
+    for row in rows:
+        name = row.parameter
+        value = values.pop(name)
+        storage = graph.storages.get(name)
+        if storage is None or storage.kind is Kind.PLAIN:
+            cast = functools.partial(_cast, dtype=shape_and_type(value)[1], name=name)
+            _place(value, data, row.pieces(tensors, cast))
+            continue
+        pieces, scales = storage.encode(row.raw_rows(tensors))
+        offset = _place(value, data, pieces)
+        scale = values.pop(f"{name}_scale")
+        _place(scale, data, [_cast(storage.join_scales(scales), shape_and_type(scale)[1], f"the scale of {name}")])
+        if (flat := values.pop(f"{name}_rows", None)) is not None:  # the same bytes under another shape
+            _point(flat, data, offset)
+    assert not values, f"no row of the weight table for {sorted(values)}"
+
+
+def _place(value: ir.Value, data: DataFile, pieces: Iterable[Array]) -> int:
+    offset = data.add(pieces, bytes_of(value))
+    _point(value, data, offset)
+    return offset
+
+
+def _point(value: ir.Value, data: DataFile, offset: int) -> None:
+    shape, dtype = shape_and_type(value)
+    file, name = data.path.name, str(value.name)
+    value.const_value = ir.ExternalTensor(
+        file, offset, bytes_of(value), dtype, shape=ir.Shape(shape), name=name, base_dir=data.path.parent
+    )
 
 
 def _cast(array: Array, dtype: ir.DataType, name: str) -> Array:

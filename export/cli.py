@@ -14,18 +14,27 @@ from pgfast.errors import MissingDependencyError
 @click.command()
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, bf16, int8 or int4, of the decoder.")
+@click.option("--vision-precision", help="Of the vision encoder: fp32, fp16, bf16 or int8.")
 @click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
-def export(checkpoint: str, out: Path, precision: str, target: str, answer_template: str | None, verify: bool) -> None:
+def export(
+    checkpoint: str,
+    out: Path,
+    precision: str,
+    vision_precision: str | None,
+    target: str,
+    answer_template: str | None,
+    verify: bool,
+) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
         from .build import export as write
         from .plan import PROMPTS, ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
-    options = ExportOptions(precision, target, answer_template or PROMPTS["answer"], verify)
+    options = ExportOptions(precision, target, vision_precision, answer_template or PROMPTS["answer"], verify)
     with _progress() as on_progress:
         manifest = write(checkpoint, out, options, on_progress)
     size = sum(entry.size for entry in manifest.files.values())

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from .config import TextConfig
-from .layers import ORT_DOMAIN, Dialect, GatedMLP, Linear, Op, RMSNorm
+from .layers import ORT_DOMAIN, PLAIN, Dialect, GatedMLP, Linear, Op, RMSNorm, VocabularyTable
+from .storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,12 @@ class Positions:
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions, over the cache."""
 
-    def __init__(self, config: TextConfig, dtype: ir.DataType, dialect: Dialect) -> None:
+    def __init__(self, config: TextConfig, dtype: ir.DataType, dialect: Dialect, storage: Storage) -> None:
         super().__init__()
         c = config
-        self.qkv = Linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, dtype)
-        self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, dtype)
+        qkv_width = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        self.qkv = Linear(c.hidden_size, qkv_width, dtype, storage=storage)
+        self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, dtype, storage=storage)
         self._config, self._dtype, self._dialect = config, dtype, dialect
 
     def forward(
@@ -125,7 +127,7 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each added to the residual stream; Gemma 2 also normalises what is added."""
 
-    def __init__(self, config: TextConfig, dtype: ir.DataType, dialect: Dialect) -> None:
+    def __init__(self, config: TextConfig, dtype: ir.DataType, dialect: Dialect, storage: Storage) -> None:
         super().__init__()
 
         def norm() -> RMSNorm:
@@ -133,10 +135,10 @@ class DecoderLayer(nn.Module):
 
         has_output_norms = config.model_type == "gemma2"
         self.input_norm = norm()
-        self.attention = SelfAttention(config, dtype, dialect)
+        self.attention = SelfAttention(config, dtype, dialect, storage)
         self.attention_output_norm = norm() if has_output_norms else None
         self.mlp_norm = norm()
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, storage)
         self.mlp_output_norm = norm() if has_output_norms else None
 
     def forward(
@@ -192,13 +194,18 @@ def rotary_tables(config: TextConfig) -> tuple[np.ndarray, np.ndarray]:
 class Decoder(nn.Module):
     """Embedding, layers, final norm, vocabulary head on the last valid position, greedy choice."""
 
-    def __init__(self, config: TextConfig, dtype: ir.DataType, dialect: Dialect) -> None:
+    def __init__(
+        self, config: TextConfig, dtype: ir.DataType, dialect: Dialect, storage: Storage = PLAIN, table_storage: Storage = PLAIN
+    ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Parameter([config.vocab_size, config.hidden_size], dtype)
-        self.rotary = RotaryTables(config, dtype)
-        self.layers = nn.ModuleList([DecoderLayer(config, dtype, dialect) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, dialect)
-        self.lm_head = None if config.tied else nn.Parameter([config.vocab_size, config.hidden_size], dtype)
+        c = config
+        self.embed_tokens = VocabularyTable(c.vocab_size, c.hidden_size, dtype, table_storage, embeds=True, projects=c.tied)
+        self.rotary = RotaryTables(c, dtype)
+        self.layers = nn.ModuleList([DecoderLayer(c, dtype, dialect, storage) for _ in range(c.num_hidden_layers)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, dialect)
+        self.lm_head = (
+            None if c.tied else VocabularyTable(c.vocab_size, c.hidden_size, dtype, table_storage, embeds=False, projects=True)
+        )
         self._config, self._dtype, self._dialect = config, dtype, dialect
 
     def forward(
@@ -223,6 +230,8 @@ class Decoder(nn.Module):
         Returns:
             (logits float32 [B, V], next_token int64 [B, 1], its log-probability float32 [B, 1], caches).
         """
+        if self._dtype is ir.DataType.BFLOAT16:  # numpy has no bfloat16: features cross the border as float32
+            image_features = op.Cast(image_features, to=self._dtype.value)
         hidden = op.Concat(image_features, self._embed(op, input_ids), axis=1)  # [B, N, D]
         positions = self._positions(op, hidden, past[0][0], write_indices, kv_lengths)
         last = op.Reshape(op.Sub(op.Sub(kv_lengths, write_indices), 1), [-1, 1, 1])  # [B, 1, 1]
@@ -234,7 +243,7 @@ class Decoder(nn.Module):
             present.append((key, value))
         normed, _ = self.norm(op, hidden, residual)  # [B, 1, D]
         flat = op.Reshape(normed, [-1, self._config.hidden_size])  # [B, D]
-        logits = op.Gemm(flat, self.embed_tokens if self.lm_head is None else self.lm_head, transB=1)
+        logits = (self.embed_tokens if self.lm_head is None else self.lm_head)(op, None, flat)
         if self._dtype is not ir.DataType.FLOAT:
             logits = op.Cast(logits, to=ir.DataType.FLOAT.value)
         if (cap := self._config.final_logit_softcapping) is not None:
@@ -247,7 +256,7 @@ class Decoder(nn.Module):
     def _embed(self, op: Op, input_ids: ir.Value) -> ir.Value:
         """Embed and scale by sqrt(D), rounded to the compute type first (GemmaTextScaledWordEmbedding.forward)."""
         scale = np.array(self._config.hidden_size**0.5, dtype=np.float32).astype(self._dtype.numpy())
-        return op.Mul(op.Gather(self.embed_tokens, input_ids), op.Constant(value=ir.tensor(scale)))
+        return op.Mul(self.embed_tokens(op, input_ids), op.Constant(value=ir.tensor(scale)))
 
     def _positions(
         self, op: Op, hidden: ir.Value, past_key: ir.Value, write_indices: ir.Value, kv_lengths: ir.Value

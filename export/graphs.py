@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnxscript import GraphBuilder
+from onnxscript import GraphBuilder, nn
 
 from pgfast.manifest import GraphSpec
 
 from .config import PaliGemmaConfig
 from .gemma import Decoder
-from .layers import IR_VERSION, OPSET, ORT_DOMAIN, Dialect
+from .layers import IR_VERSION, OPSET, ORT_DOMAIN, PLAIN, Dialect, Linear, VocabularyTable
 from .siglip import VisionEncoder
+from .storage import Storage
 
 VISION_ENCODER, DECODER = "vision_encoder", "decoder"
 
@@ -40,17 +42,45 @@ def _finish(graph: ir.Graph, outputs: dict[str, tuple[ir.Value, ir.DataType, Dim
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="pgfast")
 
 
-def build_vision_encoder(config: PaliGemmaConfig, dtype: ir.DataType) -> ir.Model:
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A graph whose initializers have no values yet."""
+
+    model: ir.Model
+    storages: dict[str, Storage]
+    """How each matrix is stored, by the name of its initializer."""
+
+    def parameters(self) -> list[ir.Value]:
+        """Initializers that come from the weight table; the builder's own constants already have their value."""
+        return [value for value in self.model.graph.initializers.values() if value.const_value is None]
+
+
+def _storages(module: nn.Module) -> dict[str, Storage]:
+    return {str(m.weight.name): m.storage for m in module.modules() if isinstance(m, Linear | VocabularyTable)}
+
+
+def build_vision_encoder(
+    config: PaliGemmaConfig, dtype: ir.DataType, features_dtype: ir.DataType, storage: Storage = PLAIN
+) -> Graph:
     """`pixel_values` float32 [B, 3, R, R] to `image_features` [B, P, D]; both dialects share it."""
     vision = config.vision
     size = vision.image_size
     pixel_values = _value("pixel_values", ir.DataType.FLOAT, ["B", vision.num_channels, size, size])
     graph = _graph(VISION_ENCODER, [pixel_values])
-    features = VisionEncoder(config, dtype)(GraphBuilder(graph).op, pixel_values)
-    return _finish(graph, {"image_features": (features, dtype, ["B", vision.num_image_tokens, config.text.hidden_size])})
+    module = VisionEncoder(config, dtype, features_dtype, storage)
+    features = module(GraphBuilder(graph).op, pixel_values)
+    shape: Dims = ["B", vision.num_image_tokens, config.text.hidden_size]
+    return Graph(_finish(graph, {"image_features": (features, features_dtype, shape)}), _storages(module))
 
 
-def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect, cache_length: int) -> ir.Model:
+def build_decoder(
+    config: PaliGemmaConfig,
+    dtype: ir.DataType,
+    dialect: Dialect,
+    cache_length: int,
+    storage: Storage = PLAIN,
+    table_storage: Storage = PLAIN,
+) -> Graph:
     """Prompt and decoding in one graph (`Decoder.forward` says what goes in and out).
 
     TensorRT's cache update wants a fixed number of slots, so the standard dialect has `cache_length` of them; the ort dialect
@@ -61,7 +91,7 @@ def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect,
     slots: int | str = cache_length if dialect is Dialect.STANDARD else "T"
     cache_shape: Dims = ["B", text.num_key_value_heads, slots, text.head_dim]
     input_ids = _value("input_ids", int64, ["B", "S"])
-    image_features = _value("image_features", dtype, ["B", "P", text.hidden_size])
+    image_features = _value("image_features", features_type(dtype), ["B", "P", text.hidden_size])
     write_indices = _value("write_indices", int64, ["B"])
     kv_lengths = _value("kv_lengths", int64, ["B"])
     past = [
@@ -70,7 +100,7 @@ def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect,
     ]
     inputs = [input_ids, image_features, write_indices, kv_lengths, *(value for pair in past for value in pair)]
     graph = _graph(DECODER, inputs)
-    module = Decoder(text, dtype, dialect)
+    module = Decoder(text, dtype, dialect, storage, table_storage)
     logits, token, logprob, present = module(GraphBuilder(graph).op, input_ids, image_features, write_indices, kv_lengths, past)
     outputs: dict[str, tuple[ir.Value, ir.DataType, Dims]] = {
         "logits": (logits, ir.DataType.FLOAT, ["B", text.vocab_size]),
@@ -80,11 +110,17 @@ def build_decoder(config: PaliGemmaConfig, dtype: ir.DataType, dialect: Dialect,
     for i, (key, value) in enumerate(present):
         outputs[f"present.{i}.key"] = (key, dtype, cache_shape)
         outputs[f"present.{i}.value"] = (value, dtype, cache_shape)
-    return _finish(graph, outputs)
+    return Graph(_finish(graph, outputs), _storages(module))
 
 
-def graph_spec(model: ir.Model, file: str) -> GraphSpec:
+def features_type(dtype: ir.DataType) -> ir.DataType:
+    """Type of `image_features` beside a decoder of this type: numpy has no bfloat16, so those cross as float32."""
+    return ir.DataType.FLOAT if dtype is ir.DataType.BFLOAT16 else dtype
+
+
+def graph_spec(graph: Graph, file: str) -> GraphSpec:
     """Describe a graph for the manifest."""
+    model = graph.model
     inputs = {str(value.name): _describe(value) for value in model.graph.inputs}
     return GraphSpec(file, inputs, {str(value.name): _describe(value) for value in model.graph.outputs})
 

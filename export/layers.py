@@ -1,4 +1,4 @@
-"""The layers both towers share, as onnxscript modules. Weights are stored as the graphs use them: matrices as [in, out].
+"""The layers both towers share, as onnxscript modules. Weights are stored as the graphs use them: plain matrices as [in, out].
 
 Shapes: B batch, N new positions, D hidden size, I intermediate size.
 """
@@ -6,14 +6,19 @@ Shapes: B batch, N new positions, D hidden size, I intermediate size.
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
+
+from .storage import Kind, Storage
 
 OPSET = 24
 IR_VERSION = 11
 ORT_DOMAIN = "com.microsoft"
+PLAIN = Storage()
 Op = Any
 """onnxscript's OpBuilder: its operators are attributes made on demand."""
 
@@ -28,17 +33,128 @@ class Dialect(enum.StrEnum):
 
 
 class Linear(nn.Module):
-    """`x @ weight + bias`; weight [in, out]."""
+    """`x @ weight + bias`, with the weight stored as `storage` says."""
 
-    def __init__(self, size_in: int, size_out: int, dtype: ir.DataType, *, bias: bool = False) -> None:
+    def __init__(
+        self, size_in: int, size_out: int, dtype: ir.DataType, *, bias: bool = False, storage: Storage = PLAIN
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter([size_in, size_out], dtype)
+        self.storage, self._dtype, self._size = storage, dtype, (size_in, size_out)
+        blocks = size_in // storage.block
+        if storage.kind is Kind.NBITS:
+            blob = storage.block * storage.bits // 8
+            self.weight = nn.Parameter([size_out, blocks, blob], ir.DataType.UINT8)
+            self.weight_scale = nn.Parameter([size_out, blocks], dtype)
+        elif storage.kind is Kind.DYNAMIC:
+            self.weight = nn.Parameter([size_in, size_out], ir.DataType.INT8)
+            self.weight_scale = nn.Parameter([size_out], dtype)
+        elif storage.kind is Kind.DEQUANTIZE:
+            self.weight = nn.Parameter([size_in, size_out], ir.DataType.INT4 if storage.bits == 4 else ir.DataType.INT8)
+            self.weight_scale = nn.Parameter([blocks, size_out], dtype)
+        else:
+            self.weight = nn.Parameter([size_in, size_out], dtype)
         self.bias = nn.Parameter([size_out], dtype) if bias else None
 
-    def forward(self, op: Op, x: ir.Value) -> ir.Value:
-        """[..., in] to [..., out]."""
-        y = op.MatMul(x, self.weight)
+    def forward(self, op: Op, x: ir.Value | QuantizedRows) -> ir.Value:
+        """[..., in] to [..., out]; x may be what `prepare` made of it."""
+        kind = self.storage.kind
+        if kind is Kind.DYNAMIC:
+            rows = x if isinstance(x, QuantizedRows) else quantize_rows_in_graph(op, x)
+            product = op.MatMulInteger(rows.values, self.weight, rows.zero_point)
+            y = op.Mul(op.Mul(op.Cast(product, to=self._dtype.value), rows.scale), self.weight_scale)
+        elif kind is Kind.NBITS:
+            assert isinstance(x, ir.Value)
+            y = matmul_nbits(op, x, self.weight, self.weight_scale, self._size, self.storage)
+        elif kind is Kind.DEQUANTIZE:
+            y = op.MatMul(x, op.DequantizeLinear(self.weight, self.weight_scale, axis=0, block_size=self.storage.block))
+        else:
+            y = op.MatMul(x, self.weight)
         return op.Add(y, self.bias) if self.bias is not None else y
+
+    def prepare(self, op: Op, x: ir.Value) -> ir.Value | QuantizedRows:
+        """Make what several layers of one input can share: its quantized rows, where the storage needs them."""
+        return quantize_rows_in_graph(op, x) if self.storage.kind is Kind.DYNAMIC else x
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations as uint8 with one scale per row."""
+
+    values: ir.Value
+    """uint8 [..., K]"""
+    scale: ir.Value
+    """[..., 1]"""
+    zero_point: ir.Value
+    """uint8 scalar, 128"""
+
+
+def quantize_rows_in_graph(op: Op, x: ir.Value) -> QuantizedRows:
+    """Quantize each row by its largest value.
+
+    Unsigned with zero point 128, because ONNX Runtime's CPU kernels are fast for uint8 x int8 only.
+    """
+    scale = op.Div(op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), 1e-12), 127.0)
+    shifted = op.Add(op.Round(op.Div(x, scale)), 128.0)
+    zero_point = op.Constant(value=ir.tensor(np.array(128, dtype=np.uint8)))
+    return QuantizedRows(op.Cast(shifted, to=ir.DataType.UINT8.value), scale, zero_point)
+
+
+def matmul_nbits(op: Op, x: ir.Value, weight: ir.Value, scale: ir.Value, size: tuple[int, int], storage: Storage) -> ir.Value:
+    """MatMulNBits with 8-bit activations on the CPU (accuracy_level 4: the other levels are several times slower)."""
+    size_in, size_out = size
+    return op.MatMulNBits(
+        x,
+        weight,
+        scale,
+        K=size_in,
+        N=size_out,
+        bits=storage.bits,
+        block_size=storage.block,
+        accuracy_level=4,
+        _domain=ORT_DOMAIN,
+    )
+
+
+class VocabularyTable(nn.Module):
+    """The token embedding, the vocabulary head, or (tied) both; quantized, it is still stored once.
+
+    GatherBlockQuantized wants rows flat where MatMulNBits wants them in blocks: tied, that is two initializers over the same
+    bytes, and `weight_rows` is the one without bytes of its own.
+    """
+
+    def __init__(
+        self, vocab_size: int, width: int, dtype: ir.DataType, storage: Storage, *, embeds: bool, projects: bool
+    ) -> None:
+        super().__init__()
+        self.storage, self._size = storage, (width, vocab_size)
+        self.weight_rows = None
+        if storage.kind is not Kind.NBITS:
+            self.weight = nn.Parameter([vocab_size, width], dtype)
+            return
+        blocks, blob = width // storage.block, storage.block * storage.bits // 8
+        flat, blocked = [vocab_size, blocks * blob], [vocab_size, blocks, blob]
+        self.weight = nn.Parameter(blocked if projects else flat, ir.DataType.UINT8)
+        self.weight_scale = nn.Parameter([vocab_size, blocks], dtype)
+        if embeds and projects:
+            self.weight_rows = nn.Parameter(flat, ir.DataType.UINT8)
+
+    def forward(self, op: Op, ids: ir.Value | None, hidden: Any = None) -> ir.Value:
+        """Embed ids [B, S] to [B, S, D], or (ids None) turn hidden [B, D] into logits [B, V]."""
+        if ids is not None:
+            if self.storage.kind is not Kind.NBITS:
+                return op.Gather(self.weight, ids)
+            rows = self.weight if self.weight_rows is None else self.weight_rows
+            return op.GatherBlockQuantized(
+                *(rows, ids, self.weight_scale),
+                bits=self.storage.bits,
+                block_size=self.storage.block,
+                gather_axis=0,
+                quantize_axis=1,
+                _domain=ORT_DOMAIN,
+            )
+        if self.storage.kind is not Kind.NBITS:
+            return op.Gemm(hidden, self.weight, transB=1)
+        return matmul_nbits(op, hidden, self.weight, self.weight_scale, self._size, self.storage)
 
 
 class LayerNorm(nn.Module):
@@ -94,12 +210,13 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """Gemma's feed-forward: `down(gelu_tanh(gate(x)) * up(x))`."""
 
-    def __init__(self, size: int, inner: int, dtype: ir.DataType) -> None:
+    def __init__(self, size: int, inner: int, dtype: ir.DataType, storage: Storage = PLAIN) -> None:
         super().__init__()
-        self.gate = Linear(size, inner, dtype)
-        self.up = Linear(size, inner, dtype)
-        self.down = Linear(inner, size, dtype)
+        self.gate = Linear(size, inner, dtype, storage=storage)
+        self.up = Linear(size, inner, dtype, storage=storage)
+        self.down = Linear(inner, size, dtype, storage=storage)
 
     def forward(self, op: Op, x: ir.Value) -> ir.Value:
         """[B, N, D] to [B, N, D]."""
-        return self.down(op, op.Mul(op.Gelu(self.gate(op, x), approximate="tanh"), self.up(op, x)))
+        shared = self.gate.prepare(op, x)
+        return self.down(op, op.Mul(op.Gelu(self.gate(op, shared), approximate="tanh"), self.up(op, shared)))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 import pgfast
@@ -17,11 +17,9 @@ from pgfast.prompt import Tokenizer, fill_template
 from . import graphs, weights
 from .checkpoint import CheckpointFolder, locate, read_image_spec
 from .config import PaliGemmaConfig, read_config
-from .layers import Dialect
+from .precision import DIALECT_OF, Precision, choose
 from .tensors import Checkpoint
 
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD}
 PROMPTS = {
     "answer": "answer {language} {text}",
     "caption": "caption {language}",
@@ -40,6 +38,8 @@ class ExportOptions:
 
     precision: str = "fp32"
     target: str = "cpu"
+    vision_precision: str | None = None
+    """None: the default beside this precision (`precision.choose`)."""
     answer_template: str = PROMPTS["answer"]
     """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
     verify: bool = False
@@ -54,15 +54,14 @@ class Plan:
     tensors: Checkpoint
     manifest: Manifest
     """Complete but for the files."""
-    models: dict[str, ir.Model]
-    """Graphs whose initializers have no values yet."""
+    graphs: dict[str, graphs.Graph]
     rows: dict[str, list[weights.Row]]
     """Where the initializers come from, by graph."""
 
     @property
     def total_bytes(self) -> int:
         """Size of all weights to write."""
-        return sum(bytes_of(value) for model in self.models.values() for value in parameters(model))
+        return sum(bytes_of(value) for graph in self.graphs.values() for value in graph.parameters())
 
 
 def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
@@ -72,8 +71,6 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         ExportError: The checkpoint or an option cannot be used.
         WeightMismatchError: Tensors do not fit the config.
     """
-    if options.precision not in DTYPES or options.target not in DIALECT_OF:
-        raise ExportError(f"precision is one of {', '.join(DTYPES)}; target is one of {', '.join(DIALECT_OF)}")
     if "{text}" not in options.answer_template:
         raise ExportError("the answer template has no {text} for the question")
     source = locate(checkpoint)
@@ -86,20 +83,23 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
     }
     weights.check_weights(tensors, [row for group in rows.values() for row in group], tied=config.text.tied)
     _check_tokenizer(source.path, config, options)
-    manifest = _manifest(config, options, source)
+    precision = choose(options.precision, options.vision_precision, options.target, config.text)
+    manifest = _manifest(config, options, source, precision)
     window = config.text.sliding_window
     if window is not None and window < manifest.cache_length:
         raise ExportError(f"sliding_window {window} is shorter than an answer can be: not supported")
-    dtype = DTYPES[options.precision]
-    models = {
-        graphs.VISION_ENCODER: graphs.build_vision_encoder(config, dtype),
-        graphs.DECODER: graphs.build_decoder(config, dtype, DIALECT_OF[options.target], manifest.cache_length),
+    p, dialect = precision, DIALECT_OF[options.target]
+    built = {
+        graphs.VISION_ENCODER: graphs.build_vision_encoder(
+            config, p.vision_dtype, graphs.features_type(p.dtype), p.vision_storage
+        ),
+        graphs.DECODER: graphs.build_decoder(config, p.dtype, dialect, manifest.cache_length, p.storage, p.table_storage),
     }
-    specs = {name: graphs.graph_spec(model, f"{name}.onnx") for name, model in models.items()}
-    return Plan(source, tensors, dataclasses.replace(manifest, graphs=specs), models, rows)
+    specs = {name: graphs.graph_spec(graph, f"{name}.onnx") for name, graph in built.items()}
+    return Plan(source, tensors, dataclasses.replace(manifest, graphs=specs), built, rows)
 
 
-def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder) -> Manifest:
+def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder, precision: Precision) -> Manifest:
     """Everything but the graphs and the files, which are not written yet."""
     text, p = config.text, config.vision.num_image_tokens
     room = min(TEXT_TOKENS, (text.max_position_embeddings - p) // 2)
@@ -107,6 +107,7 @@ def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: Checkpoin
         format_version=FORMAT_VERSION,
         family="paligemma2" if text.model_type == "gemma2" else "paligemma",
         precision=options.precision,
+        vision_precision=precision.vision,
         target=options.target,
         dialect=str(DIALECT_OF[options.target]),
         dimensions=Dimensions(
@@ -124,15 +125,10 @@ def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: Checkpoin
     )
 
 
-def parameters(model: ir.Model) -> list[ir.Value]:
-    """Initializers that come from the table; the builder's own constants already have their value."""
-    return [value for value in model.graph.initializers.values() if value.const_value is None]
-
-
 def bytes_of(value: ir.Value) -> int:
-    """Size of an initializer."""
+    """Size of an initializer in its file."""
     shape, dtype = shape_and_type(value)
-    return int(np.prod(shape) * dtype.itemsize)
+    return math.ceil(math.prod(shape) * dtype.bitwidth / 8)
 
 
 def shape_and_type(value: ir.Value) -> tuple[tuple[int, ...], ir.DataType]:

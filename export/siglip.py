@@ -9,7 +9,8 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from .config import PaliGemmaConfig, VisionConfig
-from .layers import LayerNorm, Linear, Op
+from .layers import PLAIN, LayerNorm, Linear, Op
+from .storage import Storage
 
 
 class PatchEmbedding(nn.Module):
@@ -37,10 +38,10 @@ class PatchEmbedding(nn.Module):
 class VisionAttention(nn.Module):
     """Self-attention of all patches to all patches, no mask."""
 
-    def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
+    def __init__(self, config: VisionConfig, dtype: ir.DataType, storage: Storage) -> None:
         super().__init__()
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, dtype, bias=True)
-        self.out = Linear(config.hidden_size, config.hidden_size, dtype, bias=True)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, dtype, bias=True, storage=storage)
+        self.out = Linear(config.hidden_size, config.hidden_size, dtype, bias=True, storage=storage)
         self._heads, self._width = config.num_attention_heads, config.hidden_size
 
     def forward(self, op: Op, x: ir.Value) -> ir.Value:
@@ -55,13 +56,13 @@ class VisionAttention(nn.Module):
 class VisionLayer(nn.Module):
     """One encoder layer: pre-norm attention, pre-norm feed-forward with tanh-GELU."""
 
-    def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
+    def __init__(self, config: VisionConfig, dtype: ir.DataType, storage: Storage) -> None:
         super().__init__()
         self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
-        self.attention = VisionAttention(config, dtype)
+        self.attention = VisionAttention(config, dtype, storage)
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype, bias=True)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype, bias=True)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype, bias=True, storage=storage)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype, bias=True, storage=storage)
 
     def forward(self, op: Op, x: ir.Value) -> ir.Value:
         """[B, P, W] to [B, P, W]."""
@@ -73,19 +74,22 @@ class VisionLayer(nn.Module):
 class VisionEncoder(nn.Module):
     """Picture to image features: patches, encoder, post layernorm, linear projector."""
 
-    def __init__(self, config: PaliGemmaConfig, dtype: ir.DataType) -> None:
+    def __init__(
+        self, config: PaliGemmaConfig, dtype: ir.DataType, features_dtype: ir.DataType, storage: Storage = PLAIN
+    ) -> None:
         super().__init__()
         vision = config.vision
         self.embedding = PatchEmbedding(vision, dtype)
-        self.layers = nn.ModuleList([VisionLayer(vision, dtype) for _ in range(vision.num_hidden_layers)])
+        self.layers = nn.ModuleList([VisionLayer(vision, dtype, storage) for _ in range(vision.num_hidden_layers)])
         self.post_norm = LayerNorm(vision.hidden_size, vision.layer_norm_eps, dtype)
         self.projector = Linear(vision.hidden_size, config.text.hidden_size, dtype, bias=True)
-        self._dtype = dtype
+        self._dtype, self._features_dtype = dtype, features_dtype
 
     def forward(self, op: Op, pixel_values: ir.Value) -> ir.Value:
-        """[B, C, R, R] float32 to [B, P, D] in the graph's compute type."""
+        """[B, C, R, R] float32 to [B, P, D] in the type the decoder takes."""
         x = pixel_values if self._dtype is ir.DataType.FLOAT else op.Cast(pixel_values, to=self._dtype.value)
         x = self.embedding(op, x)
         for layer in self.layers:
             x = layer(op, x)
-        return self.projector(op, self.post_norm(op, x))
+        features = self.projector(op, self.post_norm(op, x))
+        return features if self._dtype is self._features_dtype else op.Cast(features, to=self._features_dtype.value)

@@ -45,6 +45,11 @@ class Row:
     computed: Array | None = None
     """The values of a table that follows from the config alone."""
 
+    def raw_rows(self, checkpoint: Checkpoint) -> Iterator[Array]:
+        """Read a matrix as torch stores it, [out, in] float32, several on top of each other, in runs of rows."""
+        for name, _ in self.sources:
+            yield from checkpoint.pieces(name)
+
     def pieces(self, checkpoint: Checkpoint, cast: Callable[[Array], Array]) -> Iterator[Array]:
         """Make the initializer, in pieces along its first axis where that saves memory.
 
@@ -116,7 +121,7 @@ def decoder_rows(config: PaliGemmaConfig) -> Iterator[Row]:
     t: TextConfig = config.text
     d, inner, model = t.hidden_size, t.intermediate_size, "language_model"
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    yield Row("embed_tokens", ((EMBEDDING, (t.vocab_size, d)),), _copy)
+    yield Row("embed_tokens.weight", ((EMBEDDING, (t.vocab_size, d)),), _copy)
     cos, sin = rotary_tables(t)
     yield Row("rotary.cos", (), _copy, computed=cos)
     yield Row("rotary.sin", (), _copy, computed=sin)
@@ -131,7 +136,7 @@ def decoder_rows(config: PaliGemmaConfig) -> Iterator[Row]:
             yield Row(f"{ours}.mlp.{part}.weight", ((f"{theirs}.mlp.{part}_proj.weight", shape),), _transpose)
     yield Row("norm.weight", ((f"{model}.norm.weight", (d,)),), _copy, plus_one=True)
     if not t.tied:
-        yield Row("lm_head", ((HEAD, (t.vocab_size, d)),), _copy)
+        yield Row("lm_head.weight", ((HEAD, (t.vocab_size, d)),), _copy)
 
 
 def _linear(ours: str, theirs: str, size_in: int, size_out: int) -> Iterator[Row]:

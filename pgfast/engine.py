@@ -55,7 +55,7 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
     for name in candidates(provider, manifest.dialect):
         # engines are kept by the bundle's own hashes: onnxruntime names them after the graph alone, not its weights
         cache = default_cache_dir() / manifest.digest()[:16]
-        target = Target(name, device_id, fp16=manifest.precision == "fp16", cache_dir=cache)
+        target = Target(name, device_id, fp16=manifest.cache_type == "float16", cache_dir=cache)
         try:
             check_available(name)
             engine = Engine(opened, target, threads)

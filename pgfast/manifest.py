@@ -19,7 +19,19 @@ from pgfast.errors import BundleError
 MANIFEST = "pgfast.json"
 TOKENIZER = "tokenizer.json"
 FORMAT_VERSION = 1
-FAMILIES, PRECISIONS, TARGETS = ("paligemma", "paligemma2"), ("fp32", "fp16"), ("cpu", "cuda", "tensorrt")
+FAMILIES, PRECISIONS, TARGETS = (
+    ("paligemma", "paligemma2"),
+    ("fp32", "fp16", "bf16", "int8", "int4"),
+    ("cpu", "cuda", "tensorrt"),
+)
+CACHE_TYPES = {
+    "fp32": ("float32",),
+    "fp16": ("float16",),
+    "bf16": ("bfloat16",),
+    "int8": ("float32", "float16"),
+    "int4": ("float32", "float16"),
+}
+"""What activations and cache can be beside weights of a precision."""
 DIALECTS, RESAMPLING = ("ort", "standard"), ("bicubic", "bilinear")
 
 
@@ -100,6 +112,7 @@ class Manifest:
     format_version: int
     family: str
     precision: str
+    vision_precision: str
     target: str
     dialect: str
     dimensions: Dimensions
@@ -124,6 +137,11 @@ class Manifest:
     def to_json(self) -> str:
         """Return the file's text."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @property
+    def cache_type(self) -> str:
+        """float32, float16 or bfloat16: type of the decoder's activations and cache."""
+        return self.graphs["decoder"].inputs["past_key_values.0.key"].split("[")[0]
 
     def digest(self) -> str:
         """Hash of all files' hashes: tells bundles apart."""
@@ -158,6 +176,7 @@ def _check(m: Manifest) -> None:
     for what, value, allowed in (
         ("family", m.family, FAMILIES),
         ("precision", m.precision, PRECISIONS),
+        ("vision_precision", m.vision_precision, PRECISIONS),
         ("target", m.target, TARGETS),
         ("dialect", m.dialect, DIALECTS),
         ("image.resampling", m.image.resampling, RESAMPLING),
@@ -202,7 +221,8 @@ def check_interface(m: Manifest) -> None:
     shape = f"{dtype}[B, {d.num_key_value_heads}, {slots}, {d.head_dim}]"
     names = [f"{layer}.{part}" for layer in range(d.num_hidden_layers) for part in ("key", "value")]
     integers = {"write_indices": "int64[B]", "kv_lengths": "int64[B]"}
-    features = f"{dtype}[B, %s, {d.hidden_size}]"
+    # numpy has no bfloat16: the features between the graphs are float32 then
+    features = f"{'float32' if dtype == 'bfloat16' else dtype}[B, %s, {d.hidden_size}]"
     inputs = {"input_ids": "int64[B, S]", "image_features": features % "P"} | integers
     outputs = {"logits": f"float32[B, {d.vocab_size}]", "next_token": "int64[B, 1]", "next_token_logprob": "float32[B, 1]"}
     for graph, wanted_inputs, wanted_outputs in (
@@ -217,7 +237,7 @@ def check_interface(m: Manifest) -> None:
             if found != wanted:
                 name = min(name for name, _ in set(found.items()) ^ set(wanted.items()))
                 raise BundleError(f"{MANIFEST}: {graph.file}'s {name} does not fit the dimensions")
-    if dtype != {"fp32": "float32", "fp16": "float16"}[m.precision]:
+    if dtype not in CACHE_TYPES[m.precision]:
         raise BundleError(f"{MANIFEST}: the cache is {dtype or 'missing'}, which does not fit precision {m.precision}")
 
 

@@ -46,6 +46,8 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 16
     hidden: int = 48
+    intermediate: int = 72
+    vision_hidden: int = 32
     vision_layers: int = 2
     image_size: int = 32
     patch_size: int = 8
@@ -69,14 +71,14 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
         "image_size": shape.image_size,
         "patch_size": shape.patch_size,
         "num_hidden_layers": shape.vision_layers,
-        "hidden_size": 32,
+        "hidden_size": shape.vision_hidden,
         "intermediate_size": 40,
         "num_attention_heads": 2,
         "projection_dim": shape.hidden,
     }
     raw["text_config"] |= {
         "hidden_size": shape.hidden,
-        "intermediate_size": 72,
+        "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,

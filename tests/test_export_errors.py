@@ -166,7 +166,7 @@ def test_weights_beyond_fp16_are_refused(copy: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"precision": "fp12"}, {"target": "tpu"}, {"answer_template": "answer en"}])
 def test_unknown_options_are_refused(copy: Path, options: dict[str, str]) -> None:
-    refused(copy, ExportError, "precision is one of|answer template", **options)
+    refused(copy, ExportError, "choose one of|answer template", **options)
 
 
 def test_nan_in_weights_names_the_tensor(copy: Path) -> None:

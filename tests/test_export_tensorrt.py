@@ -15,13 +15,16 @@ from pgfast.manifest import Manifest
 Profile = dict[str, tuple[int, ...]]
 
 
-@pytest.fixture(scope="module", params=["paligemma-fp16", "paligemma-fp32", "paligemma2-fp16"])
+@pytest.fixture(
+    scope="module",
+    params=["paligemma-fp16", "paligemma-fp32", "paligemma2-fp16", "paligemma-bf16", "paligemma-int8", "paligemma2-int4"],
+)
 def standard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Head sizes that TensorRT has fused kernels for (16 to 256, multiples of 8)."""
     folder = tmp_path_factory.mktemp("tensorrt")
     family, precision = request.param.split("-")
     tied = request.param == "paligemma-fp16"
-    shape = Shape(heads=8, kv_heads=1, head_dim=64, hidden=64, tied=tied, gemma2=family == "paligemma2")
+    shape = Shape(heads=8, kv_heads=1, head_dim=64, hidden=64, intermediate=96, tied=tied, gemma2=family == "paligemma2")
     checkpoint = make_checkpoint(folder / "checkpoint", shape)
     return Bundle.open(make_bundle(checkpoint, folder / "bundle", precision=precision, dialect="standard"))
 

@@ -27,7 +27,7 @@ def _summary(m: Manifest, checked: bool) -> str:
     d = m.dimensions
     parity = m.parity or {}
     rows = {
-        "family": f"{m.family}, {m.precision}, for {m.target} ({m.dialect} operators)",
+        "family": f"{m.family}, {m.precision} (vision {m.vision_precision}), for {m.target} ({m.dialect} operators)",
         "source": f"{m.source.checkpoint}{f' at {m.source.revision}' if m.source.revision else ''}, by {m.exporter}",
         "picture": f"{m.image.size} x {m.image.size}, {m.image.resampling}, {d.num_image_tokens} tokens",
         "decoder": f"{d.num_hidden_layers} layers of {d.hidden_size}, {d.num_attention_heads} heads over "

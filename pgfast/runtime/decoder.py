@@ -18,6 +18,8 @@ from .session import failure
 
 PROMPT_BUCKET = 16
 """Providers with fixed shapes get prompts padded to multiples of this many tokens."""
+BFLOAT16 = 16
+"""ONNX's number of a type that numpy lacks (TensorProto.DataType)."""
 SessionFor = Callable[[Shapes | None], Any]
 """Opens (or returns) the decoder session for these input shapes; None: any shape."""
 
@@ -36,7 +38,7 @@ class Decoder:
     def __init__(self, manifest: Manifest, target: Target, session_for: SessionFor) -> None:
         self._ort = import_onnxruntime()
         self._manifest, self._target, self._session_for = manifest, target, session_for
-        self._dtype = np.dtype(np.float16 if manifest.precision == "fp16" else np.float32)
+        self._features_type = np.dtype(np.float16 if manifest.cache_type == "float16" else np.float32)
         self._caches: dict[str, Any] = {}
         self._outputs: dict[str, Any] = {}
         self._batch = 0
@@ -81,7 +83,7 @@ class Decoder:
         lengths = np.array([num_image_tokens + len(ids) for ids in prompts], dtype=np.int64)
         inputs = {
             "input_ids": self._on_device(input_ids),
-            "image_features": self._on_device(image_features.astype(self._dtype, copy=False)),
+            "image_features": self._on_device(image_features.astype(self._features_type, copy=False)),
             "write_indices": self._on_device(np.zeros(batch, dtype=np.int64)),
             "kv_lengths": self._on_device(lengths),
         }
@@ -95,7 +97,7 @@ class Decoder:
             tokens: int64 [B]; None feeds `next_token` back without a copy.
         """
         if self._step_binding is None:
-            no_image = np.zeros((self._batch, 0, self._manifest.dimensions.hidden_size), self._dtype)  # [B, 0, D]
+            no_image = np.zeros((self._batch, 0, self._manifest.dimensions.hidden_size), self._features_type)  # [B, 0, D]
             self._step_inputs = {
                 "input_ids": self._outputs["next_token"],  # the same memory: greedy decoding feeds itself
                 "image_features": self._on_device(no_image),
@@ -125,9 +127,7 @@ class Decoder:
         d = self._manifest.dimensions
         shape = (batch, d.num_key_value_heads, self._manifest.cache_length, d.head_dim)  # [B, K, T, H]
         self._caches = {
-            f"{layer}.{part}": self._on_device(np.zeros(shape, self._dtype))
-            for layer in range(d.num_hidden_layers)
-            for part in ("key", "value")
+            f"{layer}.{part}": self._empty_cache(shape) for layer in range(d.num_hidden_layers) for part in ("key", "value")
         }
         self._outputs = {
             "logits": self._on_device(np.zeros((batch, d.vocab_size), np.float32)),
@@ -152,6 +152,17 @@ class Decoder:
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         return session, binding
+
+    def _empty_cache(self, shape: tuple[int, ...]) -> Any:
+        """Zeros: a masked slot still meets its value times zero, which must not be infinity times zero."""
+        if self._manifest.cache_type != "bfloat16":
+            return self._on_device(np.zeros(shape, self._features_type))
+        zeros = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), BFLOAT16)
+        if self._target.device == "cpu":
+            return zeros
+        value = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self._target.device, self._target.device_id)
+        value.update_inplace(zeros)
+        return value
 
     def _on_device(self, array: NDArray[Any]) -> Any:
         # a copy of its own on the CPU too, where an OrtValue would share numpy's memory

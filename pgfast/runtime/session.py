@@ -10,7 +10,7 @@ from pgfast.manifest import GraphSpec
 
 from .providers import Shapes, Target, import_onnxruntime, rtx_devices
 
-_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 
 
 def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | None, shapes: Shapes | None = None) -> Any:

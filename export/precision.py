@@ -1,0 +1,88 @@
+"""Which types and layouts a precision means on each target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from pgfast.errors import ExportError
+
+from .config import TextConfig
+from .layers import PLAIN, Dialect
+from .storage import Kind, Storage
+
+DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD}
+PRECISIONS = {
+    "cpu": ("fp32", "fp16", "int8", "int4"),
+    "cuda": ("fp32", "fp16", "bf16", "int8", "int4"),
+    "tensorrt": ("fp32", "fp16", "bf16", "int8", "int4"),
+}
+VISION_PRECISIONS = {
+    "cpu": ("fp32", "fp16", "int8"),
+    "cuda": ("fp32", "fp16", "bf16"),
+    "tensorrt": ("fp32", "fp16", "bf16"),
+}
+_FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Compute types, and how matrices are stored."""
+
+    dtype: ir.DataType
+    """Of the decoder's activations and cache."""
+    storage: Storage
+    """Of the decoder's matrices."""
+    table_storage: Storage
+    """Of embedding and vocabulary head."""
+    vision: str
+    """Precision of the vision encoder, resolved."""
+    vision_dtype: ir.DataType
+    vision_storage: Storage
+
+
+def choose(precision: str, vision_precision: str | None, target: str, text: TextConfig) -> Precision:
+    """Resolve the user's words.
+
+    Args:
+        precision: fp32, fp16, bf16, int8 or int4, of the decoder.
+        vision_precision: Of the vision encoder; None: int8 beside a quantized decoder on the CPU, fp16 beside one elsewhere,
+            else the decoder's.
+        target: cpu, cuda or tensorrt.
+        text: The decoder; the widths of its matrices must divide into blocks.
+
+    Raises:
+        ExportError: The combination does not exist; the message lists what does.
+    """
+    if target not in DIALECT_OF:
+        raise ExportError(f"unknown target {target!r}: choose one of {', '.join(DIALECT_OF)}")
+    quantized = precision in _BITS
+    vision = vision_precision or (("int8" if target == "cpu" else "fp16") if quantized else precision)
+    for what, word, allowed in (("precision", precision, PRECISIONS), ("vision precision", vision, VISION_PRECISIONS)):
+        if word not in allowed[target]:
+            raise ExportError(f"{what} {word} does not fit target {target}: choose one of {', '.join(allowed[target])}")
+    vision_dtype = ir.DataType.FLOAT if vision == "int8" else _FLOATS[vision]
+    vision_storage = Storage(Kind.DYNAMIC) if vision == "int8" else PLAIN
+    if not quantized:
+        return Precision(_FLOATS[precision], PLAIN, PLAIN, vision, vision_dtype, vision_storage)
+    bits = _BITS[precision]
+    widths = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads x head_dim": text.num_attention_heads * text.head_dim,
+    }
+    block = 32 if all(width % 32 == 0 for width in widths.values()) else 16
+    for name, width in widths.items():
+        if width % block:
+            raise ExportError(f"{name} {width} does not divide into blocks of {block}: {precision} is not possible")
+    blocks = Storage(Kind.NBITS, bits, block)
+    if target == "cpu":
+        # int8: a scale per output and per row of activations is twice as fast on prompts as blocks; the head sees one row
+        storage = Storage(Kind.DYNAMIC) if precision == "int8" else blocks
+        return Precision(ir.DataType.FLOAT, storage, blocks, vision, vision_dtype, vision_storage)
+    if target == "cuda":
+        return Precision(ir.DataType.FLOAT16, blocks, blocks, vision, vision_dtype, vision_storage)
+    # TensorRT dequantizes what a Gather reads from as a whole: the table stays as it is
+    return Precision(ir.DataType.FLOAT16, Storage(Kind.DEQUANTIZE, bits, block), PLAIN, vision, vision_dtype, vision_storage)
