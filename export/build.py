@@ -26,6 +26,7 @@ from .graphs import Graph
 from .plan import ExportOptions, Plan, bytes_of, make_plan, shape_and_type
 from .storage import Kind
 from .tensors import Array, Checkpoint
+from .verify import Sample, read_samples, verify
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
@@ -46,6 +47,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     """
     if os.path.lexists(out):
         raise ExportError(f"{out} exists: choose another folder or remove it")
+    samples = read_samples(options.verify_data) if options.verify_data else None
     plan = make_plan(checkpoint, options)
     check_disk(out, plan.total_bytes)
     with _appears_whole(out) as partial:
@@ -53,8 +55,8 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
         _write_manifest(manifest, partial)
         # read it back through the runtime's own checks: what it would refuse never gets a name
         written = Bundle.open(partial)
-        if options.verify:
-            manifest = dataclasses.replace(manifest, parity=_verify(plan, written))
+        if options.verify or samples:
+            manifest = dataclasses.replace(manifest, parity=_verify(plan, written, samples))
             _write_manifest(manifest, partial)
     return manifest
 
@@ -85,11 +87,9 @@ def _write_manifest(manifest: Manifest, folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _verify(plan: Plan, bundle: Bundle) -> dict[str, Any]:
-    from .verify import verify
-
+def _verify(plan: Plan, bundle: Bundle, samples: list[Sample] | None) -> dict[str, Any]:
     try:
-        return verify(plan.source.path, bundle)
+        return verify(plan.source.path, bundle, samples)
     except OSError as error:  # of transformers, not of our writing
         raise ExportError(f"transformers cannot load the checkpoint: {error}") from error
 

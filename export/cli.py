@@ -19,6 +19,11 @@ from pgfast.errors import MissingDependencyError
 @click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
+@click.option(
+    "--verify-data",
+    type=click.Path(path_type=Path),
+    help='Verify on these: JSON lines of {"image": path, "question": text}.',
+)
 def export(
     checkpoint: str,
     out: Path,
@@ -27,6 +32,7 @@ def export(
     target: str,
     answer_template: str | None,
     verify: bool,
+    verify_data: Path | None,
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
@@ -34,7 +40,7 @@ def export(
         from .plan import PROMPTS, ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
-    options = ExportOptions(precision, target, vision_precision, answer_template or PROMPTS["answer"], verify)
+    options = ExportOptions(precision, target, vision_precision, answer_template or PROMPTS["answer"], verify, verify_data)
     with _progress() as on_progress:
         manifest = write(checkpoint, out, options, on_progress)
     size = sum(entry.size for entry in manifest.files.values())

@@ -44,6 +44,8 @@ class ExportOptions:
     """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
     verify: bool = False
     """Compare the bundle with transformers before it gets its name."""
+    verify_data: Path | None = None
+    """JSON lines of pictures and questions to compare on; None: built-in ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,8 @@ def choose(precision: str, vision_precision: str | None, target: str, text: Text
         "intermediate_size": text.intermediate_size,
         "num_attention_heads x head_dim": text.num_attention_heads * text.head_dim,
     }
+    if (precision, target) == ("int8", "cpu"):  # only the table is in blocks
+        widths = {"hidden_size": text.hidden_size}
     block = 32 if all(width % 32 == 0 for width in widths.values()) else 16
     for name, width in widths.items():
         if width % block:

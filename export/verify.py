@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from numpy.typing import NDArray
 
 from pgfast.bundle import Bundle
 from pgfast.errors import ExportError, MissingDependencyError
-from pgfast.image import to_pixel_values
-from pgfast.manifest import TOKENIZER
+from pgfast.image import open_image, to_pixel_values
+from pgfast.manifest import TOKENIZER, Manifest
 from pgfast.prompt import Tokenizer, fill_template
 from pgfast.runtime.model import Model
 from pgfast.runtime.providers import Target
+from pgfast.runtime.sampling import log_softmax
 
 THRESHOLDS = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.1, "int4": 0.5}
 """Largest relative error of the logits at any position, |ours - reference| / |reference|."""
@@ -41,9 +44,10 @@ class TransformersReference:
         self._torch, self.name = torch, f"transformers {transformers.__version__}, fp32, eager"
         model_class: Any = transformers.PaliGemmaForConditionalGeneration
         self._model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self.largest_activation = 0.0
 
     def logits(self, pixel_values: NDArray[np.float32], prompt: Sequence[int], generated: Sequence[int] = ()) -> NDArray[Any]:
-        """Recompute everything and return the last position's logits, [V].
+        """Recompute everything and return the last position's logits, [V]; also notes the largest hidden value seen.
 
         Args:
             pixel_values: [1, 3, R, R].
@@ -65,7 +69,10 @@ class TransformersReference:
                 position_ids=torch.arange(1, embeds.shape[1] + 1)[None],
                 use_cache=False,
                 logits_to_keep=1,
+                output_hidden_states=True,
             )
+            largest = max(float(hidden.abs().max()) for hidden in out.hidden_states)
+        self.largest_activation = max(self.largest_activation, largest)
         result: NDArray[Any] = out.logits[0, -1].float().numpy()
         return result
 
@@ -76,12 +83,46 @@ def relative_error(ours: NDArray[Any], reference: NDArray[Any]) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
 
 
-def verify(checkpoint: Path, bundle: Bundle) -> dict[str, Any]:
+Sample = tuple[Any, str]
+"""A picture as `pgfast.image.open_image` takes it, and a question."""
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read JSON lines of `{"image": path, "question": text}`; relative paths start at the file's folder.
+
+    Raises:
+        ExportError: A line is not of that form; the message has its number.
+    """
+    samples: list[Sample] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            samples.append((path.parent / row["image"], str(row["question"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f'{path} line {number}: {{"image": ..., "question": ...}} is needed ({error!r})') from error
+    if not samples:
+        raise ExportError(f"{path} has no samples")
+    return samples
+
+
+def built_in_samples() -> list[Sample]:
+    """Questions about smooth random colour fields, the same every time."""
+    return list(zip(_pictures(len(QUESTIONS)), QUESTIONS, strict=True))
+
+
+def verify(checkpoint: Path, bundle: Bundle, samples: Sequence[Sample] | None = None) -> dict[str, Any]:
     """Compare a bundle with its checkpoint.
 
     Args:
         checkpoint: The Hugging Face folder it was exported from.
         bundle: The bundle; it runs on the CPU, whatever its target.
+        samples: Pictures and questions; None: built-in ones.
 
     Returns:
         The parity report for the manifest.
@@ -94,36 +135,77 @@ def verify(checkpoint: Path, bundle: Bundle) -> dict[str, Any]:
         raise ExportError("a bf16 bundle cannot be verified here: ONNX Runtime's CPU provider has no bfloat16 kernels")
     reference = TransformersReference(checkpoint)
     model = Model(bundle, Target("cpu"))
-    decoder = model.decoder
     tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=m.tokens.bos)
-    errors, same, count = [], 0, 0
-    for picture, question in zip(_pictures(len(QUESTIONS)), QUESTIONS, strict=True):
-        pixels = to_pixel_values(picture, m.image)
-        prompt_text = fill_template(m.prompts["answer"], text=question, language="en")
-        prompt = tokenizer.encode_prompt(prompt_text, max_tokens=m.limits.prompt_tokens)
-        decoder.prompt(model.encode(pixels), [prompt])
-        generated: list[int] = []
-        for _ in range(min(NEW_TOKENS, m.limits.new_tokens)):
-            wanted = reference.logits(pixels, prompt, generated)
-            errors.append(relative_error(decoder.logits[0], wanted))
-            same += int(decoder.logits[0].argmax()) == int(wanted.argmax())
-            count += 1
-            # both continue with the reference's token, so one flipped near-tie is counted once
-            generated.append(int(wanted.argmax()))
-            decoder.step(np.array(generated[-1:]))
+    positions = [
+        position
+        for image, question in (samples or built_in_samples())
+        for position in _compare(model, m, tokenizer, reference, image, question)
+    ]
+    errors = np.array([position.error for position in positions])
     if not np.isfinite(errors).all():
-        raise ExportError(f"the bundle's logits are not finite at {int((~np.isfinite(errors)).sum())} of {count} positions")
+        raise ExportError(
+            f"the bundle's logits are not finite at {int((~np.isfinite(errors)).sum())} of {len(errors)} positions"
+        )
+    worst = positions[int(errors.argmax())]
+    agreement = float(np.mean([position.same for position in positions]))
     report = {
         "reference": reference.name,
-        "positions": count,
-        "max_relative_logit_error": float(f"{max(errors):.3g}"),
-        "mean_relative_logit_error": float(f"{np.mean(errors):.3g}"),
-        "greedy_agreement": round(same / count, 4),
+        "positions": len(positions),
+        "max_relative_logit_error": _round(errors.max()),
+        "mean_relative_logit_error": _round(errors.mean()),
+        "worst": worst.where,
+        "greedy_agreement": round(agreement, 4),
+        # of the reference's own answers: what quantization costs in likelihood
+        "perplexity": _round(np.exp(-np.mean([position.logprob for position in positions]))),
+        "reference_perplexity": _round(np.exp(-np.mean([position.reference_logprob for position in positions]))),
+        "largest_activation": _round(reference.largest_activation),
         "threshold": THRESHOLDS[m.precision],
     }
-    if max(errors) > THRESHOLDS[m.precision] or (m.precision == "fp32" and same < count):
+    if errors.max() > THRESHOLDS[m.precision] or (m.precision == m.vision_precision == "fp32" and agreement < 1):
         raise ExportError(f"the bundle differs from its checkpoint: {report}")
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """One compared position."""
+
+    error: float
+    same: bool
+    """Both choose the same token."""
+    logprob: float
+    """Of the reference's token, by the bundle."""
+    reference_logprob: float
+    where: str
+
+
+def _compare(
+    model: Model, m: Manifest, tokenizer: Tokenizer, reference: TransformersReference, image: Any, question: str
+) -> Iterator[_Position]:
+    """Answer one question with both, feeding both the reference's tokens, so that a flipped near-tie counts once."""
+    decoder, pixels = model.decoder, to_pixel_values(open_image(image), m.image)
+    text = fill_template(m.prompts["answer"], text=question, language="en")
+    prompt = tokenizer.encode_prompt(text, max_tokens=m.limits.prompt_tokens)
+    decoder.prompt(model.encode(pixels), [prompt])
+    generated: list[int] = []
+    for number in range(min(NEW_TOKENS, m.limits.new_tokens)):
+        wanted, ours = reference.logits(pixels, prompt, generated), decoder.logits[0]
+        token = int(wanted.argmax())
+        yield _Position(
+            error=relative_error(ours, wanted),
+            same=int(ours.argmax()) == token,
+            logprob=float(log_softmax(ours)[token]),
+            reference_logprob=float(log_softmax(wanted)[token]),
+            where=f"token {number + 1} of {question!r}",
+        )
+        generated.append(token)
+        if token == m.tokens.eos:
+            return
+        decoder.step(np.array([token]))
+
+
+def _round(value: float) -> float:
+    return float(f"{float(value):.3g}")
 
 
 def _pictures(count: int) -> list[Any]:

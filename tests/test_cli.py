@@ -147,7 +147,7 @@ def test_export_inspect_and_answer(checkpoint: Path, tmp_path: Path) -> None:
     done = run("export", str(checkpoint), out, "--precision", "fp16", "--verify", "--answer-template", "answer {text}")
     assert done.returncode == 0, done.stderr
     shown = run("inspect", out, "--check").stdout.decode()
-    assert "fp16, for cpu (ort operators)" in shown
+    assert "fp16 (vision fp16), for cpu (ort operators)" in shown
     assert "greedy_agreement" in shown
     assert "all hashes match" in shown
     manifest = json.loads(run("inspect", out, "--json").stdout)

@@ -319,3 +319,29 @@ def test_the_published_config_gives_the_published_dimensions() -> None:
     assert (config.text.head_dim, config.text.max_position_embeddings, config.text.rope_theta) == (256, 8192, 10000.0)
     assert config.text.tied
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id) == (2, 1, 0, 257152)
+
+
+def test_verification_on_given_pictures_and_questions(copy: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    data = tmp_path / "samples.jsonl"
+    data.write_text(
+        '{"image": "red.png", "question": "what color is the shape?"}\n\n{"image": "red.png", "question": "is it red"}\n'
+    )
+    manifest = export(str(copy), tmp_path / "out", ExportOptions("int8", "cpu", verify_data=data))
+    assert manifest.parity is not None
+    assert 2 <= manifest.parity["positions"] <= 16
+    assert manifest.parity["worst"].startswith("token ")
+    assert 0 < manifest.parity["reference_perplexity"] < manifest.parity["perplexity"] * 1.2
+    assert manifest.parity["largest_activation"] > 0
+    for text, message in (("{broken", "line 1"), ('{"image": "red.png"}', "line 1"), ("", "no samples")):
+        data.write_text(text)
+        with pytest.raises(ExportError, match=message):
+            export(str(copy), tmp_path / "other", ExportOptions(verify_data=data))
+    with pytest.raises(ExportError, match="cannot be read"):
+        export(str(copy), tmp_path / "other", ExportOptions(verify_data=tmp_path / "nowhere"))
+    data.write_text('{"image": "gone.png", "question": "what"}')
+    with pytest.raises(PgfastError, match="does not exist"):
+        export(str(copy), tmp_path / "other", ExportOptions(verify_data=data))
+    assert not (tmp_path / "other").exists()
