@@ -148,8 +148,7 @@ def _check_tokenizer(source: Path, config: PaliGemmaConfig, options: ExportOptio
     try:
         tokenizer = Tokenizer(path, bos_id=config.bos_token_id)
         tokenizer.check_ids(config.text.vocab_size)
-        tokenizer.encode_prompt(
-            fill_template(options.answer_template, text="what is this?", language="en"), max_tokens=TEXT_TOKENS
-        )
+        template = fill_template(options.answer_template, text="", language="en").strip()
+        tokenizer.encode_prompt(template or "?", max_tokens=TEXT_TOKENS)
     except PgfastError as error:
         raise ExportError(f"the checkpoint's tokenizer cannot be used: {error}") from error

@@ -156,6 +156,15 @@ def test_export_inspect_and_answer(checkpoint: Path, tmp_path: Path) -> None:
     assert run("answer", PICTURE, "red?", "-m", out, "--max-new-tokens", "3").returncode == 0
 
 
+def test_inspect_reckons_the_memory_of_a_batch() -> None:
+    """Cache of 4 layers, 1 head of 32, 256 slots; 64 image tokens of 128; 1,280 logits; all in fp32."""
+    row = 2 * 4 * 1 * 256 * 32 * 4 + 64 * 128 * 4 + 1280 * 4
+    found = json.loads(run("inspect", "--json", "--batch", "3").stdout)["memory"]
+    assert found["per_row"] == row
+    assert found["total"] == found["weights"] + 3 * row
+    assert f"each row {row:,}" in run("inspect").stdout.decode()
+
+
 def test_doctor_tries_every_provider() -> None:
     done = run("doctor", "--json")
     report = json.loads(done.stdout)

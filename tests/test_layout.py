@@ -100,9 +100,28 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 
 
 def test_every_package_is_listed() -> None:
-    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    # two hold no code of their own to import: the bundle's files, and the file that optimum looks for
+    listed = set(PROJECT["tool"]["setuptools"]["packages"]) - {"pgfast.demo.bundle", "optimum.commands.register"}
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES if path.name == "__init__.py"}
     assert listed == {name if name.startswith("pgfast") else f"pgfast.{name}" for name in found}
+
+
+def test_the_wheel_holds_the_bundle_and_stays_small(tmp_path: Path) -> None:
+    import zipfile
+
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {
+        "pgfast/py.typed",
+        "pgfast/export/build.py",
+        "pgfast/demo/blue_circle.png",
+        "pgfast/demo/bundle/decoder.onnx.data",
+    }
+    assert wanted | {"optimum/commands/register/register_pgfast.py"} <= names
+    assert not any(name.startswith(("tests/", "export/", "train/", "bench/")) for name in names)
+    assert wheel.stat().st_size < 8 * 2**20
 
 
 def test_every_extra_of_the_design_exists() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -14,16 +15,34 @@ from pgfast.manifest import Manifest
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PGFAST_MODEL")
 @click.option("--check", is_flag=True, help="Hash files larger than 64 MiB too.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
-def inspect(bundle: Path | None, check: bool, as_json: bool) -> None:
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows to reckon the memory for.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest itself, with the memory.")
+def inspect(bundle: Path | None, check: bool, batch: int, as_json: bool) -> None:
     """Print the manifest of BUNDLE (by default the embedded one) and check its files."""
     from pgfast.engine import demo_bundle
 
     opened = Bundle.open(bundle or demo_bundle(), full_check=check)
-    print(opened.manifest.to_json() if as_json else _summary(opened.manifest, check), end="\n" if not as_json else "")
+    manifest = opened.manifest
+    if as_json:
+        raw = json.loads(manifest.to_json()) | {"memory": {"batch": batch, **memory(manifest, batch)}}
+        print(json.dumps(raw, indent=2, ensure_ascii=False))
+    else:
+        print(_summary(manifest, check, batch))
 
 
-def _summary(m: Manifest, checked: bool) -> str:
+def memory(m: Manifest, batch: int) -> dict[str, int]:
+    """Reckon bytes: weights, and what each row of a batch adds (cache, image features, logits).
+
+    Activations and the copies that kernels make of weights come on top.
+    """
+    d, item = m.dimensions, 4 if m.cache_type == "float32" else 2
+    cache = 2 * d.num_hidden_layers * d.num_key_value_heads * m.cache_length * d.head_dim * item
+    row = cache + d.num_image_tokens * d.hidden_size * item + 4 * d.vocab_size
+    weights = sum(entry.size for name, entry in m.files.items() if name.endswith(".data"))
+    return {"weights": weights, "per_row": row, "total": weights + batch * row}
+
+
+def _summary(m: Manifest, checked: bool, batch: int) -> str:
     d = m.dimensions
     parity = m.parity or {}
     rows = {
@@ -33,6 +52,9 @@ def _summary(m: Manifest, checked: bool) -> str:
         "decoder": f"{d.num_hidden_layers} layers of {d.hidden_size}, {d.num_attention_heads} heads over "
         f"{d.num_key_value_heads} of {d.head_dim}, vocabulary {d.vocab_size}",
         "limits": f"{m.limits.prompt_tokens} prompt tokens, {m.limits.new_tokens} new tokens",
+        "memory": "weights {weights:,} bytes, each row {per_row:,}; at batch {batch} {total:,}".format(
+            batch=batch, **memory(m, batch)
+        ),
         "prompts": "; ".join(f"{name}: {template!r}" for name, template in m.prompts.items()),
         "parity": ", ".join(f"{key} {value}" for key, value in parity.items()) or "not verified (export with --verify)",
     }
