@@ -93,3 +93,22 @@ def test_standard_graphs_use_no_custom_operator(standard: Bundle) -> None:
         model = onnx.load(standard.path(name), load_external_data=False)
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
         onnx.checker.check_model(str(standard.path(name)), full_check=True)
+
+
+@pytest.mark.slow
+def test_a_full_size_int4_decoder_builds(tmp_path: Path) -> None:
+    """PaliGemma-3B-224's shape with random weights; about five minutes, 8 GB of disk."""
+    from pgfast.bench.synth import synthesize
+    from pgfast.export.build import export
+    from pgfast.export.plan import ExportOptions
+
+    synthesize("3b-224", tmp_path / "checkpoint")
+    export(str(tmp_path / "checkpoint"), tmp_path / "bundle", ExportOptions("int4", "tensorrt"))
+    bundle = Bundle.open(tmp_path / "bundle")
+    m = bundle.manifest
+    profiles = [decoder_profile(m, m.dimensions.num_image_tokens, 16), decoder_profile(m, 0, 1)]
+    engine, layers = build(bundle.path("decoder.onnx"), profiles, decomposable=False)
+    assert engine is not None
+    assert {"KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT"} <= layers
+    # int4 layers (1.98 billion weights and their scales) and the table in fp16
+    assert 2.0e9 < engine.nbytes < 2.6e9
