@@ -142,7 +142,7 @@ def _appears_whole(out: Path) -> Iterator[Path]:
         raise ExportError(f"{out} cannot be created: {error.strerror}") from error
     try:
         yield partial
-        for path in partial.iterdir():
+        for path in (path for path in partial.rglob("*") if path.is_file()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         partial.chmod(0o755)

@@ -17,8 +17,17 @@ from pgfast.errors import MissingDependencyError
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
 @click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
+@click.option(
+    "--layout",
+    type=click.Choice(["bundle", "transformers.js"]),
+    default="bundle",
+    show_default=True,
+    help="transformers.js: the folder that the npm package @huggingface/transformers loads.",
+)
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
-def export(checkpoint: str, out: Path, precision: str, target: str, answer_template: str | None, verify: bool) -> None:
+def export(
+    checkpoint: str, out: Path, precision: str, target: str, answer_template: str | None, layout: str, verify: bool
+) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
         from .build import export as write
@@ -26,6 +35,15 @@ def export(checkpoint: str, out: Path, precision: str, target: str, answer_templ
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
     options = ExportOptions(precision, target, answer_template or PROMPTS["answer"], verify)
+    if layout == "transformers.js":
+        if verify or answer_template or target != "cpu":
+            raise click.UsageError("--layout transformers.js takes no --target, --answer-template or --verify")
+        from .transformersjs import export_transformersjs
+
+        with _progress() as on_progress:
+            written = export_transformersjs(checkpoint, out, options, on_progress)
+        print(f"pgfast: wrote {out}: for transformers.js, {precision}, {written / 1e6:,.1f} MB", file=sys.stderr)
+        return
     with _progress() as on_progress:
         manifest = write(checkpoint, out, options, on_progress)
     size = sum(entry.size for entry in manifest.files.values())

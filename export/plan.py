@@ -51,6 +51,7 @@ class Plan:
     """Everything an export needs."""
 
     source: CheckpointFolder
+    config: PaliGemmaConfig
     tensors: Checkpoint
     manifest: Manifest
     """Complete but for the files."""
@@ -96,7 +97,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         graphs.DECODER: graphs.build_decoder(config, dtype, DIALECT_OF[options.target], manifest.cache_length),
     }
     specs = {name: graphs.graph_spec(model, f"{name}.onnx") for name, model in models.items()}
-    return Plan(source, tensors, dataclasses.replace(manifest, graphs=specs), models, rows)
+    return Plan(source, config, tensors, dataclasses.replace(manifest, graphs=specs), models, rows)
 
 
 def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder) -> Manifest:
