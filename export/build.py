@@ -50,7 +50,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     samples = read_samples(options.verify_data) if options.verify_data else None
     plan = make_plan(checkpoint, options)
     check_disk(out, plan.total_bytes)
-    with _appears_whole(out) as partial:
+    with appears_whole(out) as partial:
         manifest = dataclasses.replace(plan.manifest, files=_write_files(plan, partial, on_progress))
         _write_manifest(manifest, partial)
         # read it back through the runtime's own checks: what it would refuse never gets a name
@@ -73,7 +73,7 @@ def _write_files(plan: Plan, folder: Path, on_progress: Progress) -> dict[str, A
     files = {}
     for name, graph in plan.graphs.items():
         with DataFile(folder / f"{name}.onnx.data", on_bytes) as data:
-            _write_weights(graph, plan.rows[name], plan.tensors, data)
+            write_weights(graph, plan.rows[name], plan.tensors, data)
             files[data.path.name] = data.finish()
         ir.save(graph.model, folder / f"{name}.onnx")
     shutil.copyfile(plan.source.path / TOKENIZER, folder / TOKENIZER)
@@ -94,7 +94,7 @@ def _verify(plan: Plan, bundle: Bundle, samples: list[Sample] | None) -> dict[st
         raise ExportError(f"transformers cannot load the checkpoint: {error}") from error
 
 
-def _write_weights(graph: Graph, rows: Sequence[weights.Row], tensors: Checkpoint, data: DataFile) -> None:
+def write_weights(graph: Graph, rows: Sequence[weights.Row], tensors: Checkpoint, data: DataFile) -> None:
     """Write the initializers of one graph, one tensor at a time, and point the graph at them."""
     values = {str(value.name): value for value in graph.parameters()}
     for row in rows:
@@ -151,7 +151,7 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
+def appears_whole(out: Path) -> Iterator[Path]:
     """Give a temporary sibling of `out` to write into; it gets its name only when everything is on disk.
 
     An export that fails removes it; one that is killed leaves a hidden folder without a manifest, which nothing loads.
@@ -163,7 +163,7 @@ def _appears_whole(out: Path) -> Iterator[Path]:
         raise ExportError(f"{out} cannot be created: {error.strerror}") from error
     try:
         yield partial
-        for path in partial.iterdir():
+        for path in (path for path in partial.rglob("*") if path.is_file()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         partial.chmod(0o755)

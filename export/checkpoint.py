@@ -11,7 +11,7 @@ from typing import Any
 from pgfast.errors import ExportError, MissingDependencyError
 from pgfast.manifest import ImageSpec
 
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*processor_config.json"]
+_FILES = ["*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, which Hugging Face writes."""
 
@@ -68,9 +68,9 @@ def read_image_spec(folder: Path, image_size: int) -> ImageSpec:
     Raises:
         ExportError: Neither file is there, or it asks for something the runtime does not do.
     """
-    raw = _read_json(folder / "preprocessor_config.json")
+    raw = read_json(folder / "preprocessor_config.json")
     if raw is None:
-        processor = _read_json(folder / "processor_config.json")
+        processor = read_json(folder / "processor_config.json")
         raw = processor.get("image_processor") if isinstance(processor, dict) else None
     if not isinstance(raw, dict):
         raise ExportError(f"no preprocessor_config.json in {folder}: save the processor with the checkpoint")
@@ -97,7 +97,8 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Parse a file; None if there is none, ExportError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,6 +18,13 @@ from pgfast.errors import MissingDependencyError
 @click.option("--vision-precision", help="Of the vision encoder: fp32, fp16, bf16 or int8.")
 @click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
+@click.option(
+    "--layout",
+    type=click.Choice(["bundle", "transformers.js"]),
+    default="bundle",
+    show_default=True,
+    help="transformers.js: the folder that the npm package @huggingface/transformers loads.",
+)
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
 @click.option(
     "--verify-data",
@@ -31,6 +38,7 @@ def export(
     vision_precision: str | None,
     target: str,
     answer_template: str | None,
+    layout: str,
     verify: bool,
     verify_data: Path | None,
 ) -> None:
@@ -41,6 +49,15 @@ def export(
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
     options = ExportOptions(precision, target, vision_precision, answer_template or PROMPTS["answer"], verify, verify_data)
+    if layout == "transformers.js":
+        if verify or verify_data or answer_template or vision_precision or target != "cpu":
+            raise click.UsageError("of all other options --layout transformers.js takes only --precision")
+        from .transformersjs import export_transformersjs
+
+        with _progress() as on_progress:
+            written = export_transformersjs(checkpoint, out, options, on_progress)
+        print(f"pgfast: wrote {out}: for transformers.js, {precision}, {written / 1e6:,.1f} MB", file=sys.stderr)
+        return
     with _progress() as on_progress:
         manifest = write(checkpoint, out, options, on_progress)
     size = sum(entry.size for entry in manifest.files.values())

@@ -23,15 +23,18 @@ Dims = Sequence[int | str]
 """Sizes, and names of the sizes that are open."""
 
 
-def _value(name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
+def new_value(name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
+    """An input or output with its type."""
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def _graph(name: str, inputs: list[ir.Value]) -> ir.Graph:
+def new_graph(name: str, inputs: list[ir.Value]) -> ir.Graph:
+    """An empty graph with its inputs."""
     return ir.Graph(inputs, [], nodes=[], name=name, opset_imports={"": OPSET})
 
 
-def _finish(graph: ir.Graph, outputs: dict[str, tuple[ir.Value, ir.DataType, Dims]]) -> ir.Model:
+def finish_graph(graph: ir.Graph, outputs: dict[str, tuple[ir.Value, ir.DataType, Dims]]) -> ir.Model:
+    """Name the outputs and make a model of the graph."""
     for name, (value, dtype, shape) in outputs.items():
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         graph.outputs.append(value)
@@ -65,12 +68,12 @@ def build_vision_encoder(
     """`pixel_values` float32 [B, 3, R, R] to `image_features` [B, P, D]; both dialects share it."""
     vision = config.vision
     size = vision.image_size
-    pixel_values = _value("pixel_values", ir.DataType.FLOAT, ["B", vision.num_channels, size, size])
-    graph = _graph(VISION_ENCODER, [pixel_values])
+    pixel_values = new_value("pixel_values", ir.DataType.FLOAT, ["B", vision.num_channels, size, size])
+    graph = new_graph(VISION_ENCODER, [pixel_values])
     module = VisionEncoder(config, dtype, features_dtype, storage)
     features = module(GraphBuilder(graph).op, pixel_values)
     shape: Dims = ["B", vision.num_image_tokens, config.text.hidden_size]
-    return Graph(_finish(graph, {"image_features": (features, features_dtype, shape)}), _storages(module))
+    return Graph(finish_graph(graph, {"image_features": (features, features_dtype, shape)}), _storages(module))
 
 
 def build_decoder(
@@ -90,16 +93,16 @@ def build_decoder(
     int64 = ir.DataType.INT64
     slots: int | str = cache_length if dialect is Dialect.STANDARD else "T"
     cache_shape: Dims = ["B", text.num_key_value_heads, slots, text.head_dim]
-    input_ids = _value("input_ids", int64, ["B", "S"])
-    image_features = _value("image_features", features_type(dtype), ["B", "P", text.hidden_size])
-    write_indices = _value("write_indices", int64, ["B"])
-    kv_lengths = _value("kv_lengths", int64, ["B"])
+    input_ids = new_value("input_ids", int64, ["B", "S"])
+    image_features = new_value("image_features", features_type(dtype), ["B", "P", text.hidden_size])
+    write_indices = new_value("write_indices", int64, ["B"])
+    kv_lengths = new_value("kv_lengths", int64, ["B"])
     past = [
-        (_value(f"past_key_values.{i}.key", dtype, cache_shape), _value(f"past_key_values.{i}.value", dtype, cache_shape))
+        (new_value(f"past_key_values.{i}.key", dtype, cache_shape), new_value(f"past_key_values.{i}.value", dtype, cache_shape))
         for i in range(text.num_hidden_layers)
     ]
     inputs = [input_ids, image_features, write_indices, kv_lengths, *(value for pair in past for value in pair)]
-    graph = _graph(DECODER, inputs)
+    graph = new_graph(DECODER, inputs)
     module = Decoder(text, dtype, dialect, storage, table_storage)
     logits, token, logprob, present = module(GraphBuilder(graph).op, input_ids, image_features, write_indices, kv_lengths, past)
     outputs: dict[str, tuple[ir.Value, ir.DataType, Dims]] = {
@@ -110,7 +113,7 @@ def build_decoder(
     for i, (key, value) in enumerate(present):
         outputs[f"present.{i}.key"] = (key, dtype, cache_shape)
         outputs[f"present.{i}.value"] = (value, dtype, cache_shape)
-    return Graph(_finish(graph, outputs), _storages(module))
+    return Graph(finish_graph(graph, outputs), _storages(module))
 
 
 def features_type(dtype: ir.DataType) -> ir.DataType:

@@ -53,6 +53,7 @@ class Plan:
     """Everything an export needs."""
 
     source: CheckpointFolder
+    config: PaliGemmaConfig
     tensors: Checkpoint
     manifest: Manifest
     """Complete but for the files."""
@@ -98,7 +99,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         graphs.DECODER: graphs.build_decoder(config, p.dtype, dialect, manifest.cache_length, p.storage, p.table_storage),
     }
     specs = {name: graphs.graph_spec(graph, f"{name}.onnx") for name, graph in built.items()}
-    return Plan(source, tensors, dataclasses.replace(manifest, graphs=specs), built, rows)
+    return Plan(source, config, tensors, dataclasses.replace(manifest, graphs=specs), built, rows)
 
 
 def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder, precision: Precision) -> Manifest:

@@ -23,7 +23,7 @@ VISION_PRECISIONS = {
     "cuda": ("fp32", "fp16", "bf16"),
     "tensorrt": ("fp32", "fp16", "bf16"),
 }
-_FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _BITS = {"int8": 8, "int4": 4}
 
 
@@ -63,10 +63,10 @@ def choose(precision: str, vision_precision: str | None, target: str, text: Text
     for what, word, allowed in (("precision", precision, PRECISIONS), ("vision precision", vision, VISION_PRECISIONS)):
         if word not in allowed[target]:
             raise ExportError(f"{what} {word} does not fit target {target}: choose one of {', '.join(allowed[target])}")
-    vision_dtype = ir.DataType.FLOAT if vision == "int8" else _FLOATS[vision]
+    vision_dtype = ir.DataType.FLOAT if vision == "int8" else FLOATS[vision]
     vision_storage = Storage(Kind.DYNAMIC) if vision == "int8" else PLAIN
     if not quantized:
-        return Precision(_FLOATS[precision], PLAIN, PLAIN, vision, vision_dtype, vision_storage)
+        return Precision(FLOATS[precision], PLAIN, PLAIN, vision, vision_dtype, vision_storage)
     bits = _BITS[precision]
     widths = {
         "hidden_size": text.hidden_size,

@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build, "_write_weights", full)
+    monkeypatch.setattr(build, "write_weights", full)
     refused(copy, ExportError, "disk .* is full")
 
 
