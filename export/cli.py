@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pgfast.bundle import Bundle
 from pgfast.errors import MissingDependencyError
 
 
@@ -15,23 +16,47 @@ from pgfast.errors import MissingDependencyError
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
-@click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
+@click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt", "tensorrt-rtx"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
-def export(checkpoint: str, out: Path, precision: str, target: str, answer_template: str | None, verify: bool) -> None:
+@click.option("--compute-capability", multiple=True, metavar="X.Y", help="Build TensorRT-RTX engines for it; may be repeated.")
+def export(
+    checkpoint: str,
+    out: Path,
+    precision: str,
+    target: str,
+    answer_template: str | None,
+    verify: bool,
+    compute_capability: tuple[str, ...],
+) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
         from .build import export as write
         from .plan import PROMPTS, ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
-    options = ExportOptions(precision, target, answer_template or PROMPTS["answer"], verify)
+    options = ExportOptions(precision, target, answer_template or PROMPTS["answer"], verify, compute_capability)
     with _progress() as on_progress:
         manifest = write(checkpoint, out, options, on_progress)
     size = sum(entry.size for entry in manifest.files.values())
     print(f"pgfast: wrote {out}: {manifest.family}, {precision}, for {target}, {size / 1e6:,.1f} MB", file=sys.stderr)
     if manifest.parity:
         print(f"pgfast: parity {manifest.parity}", file=sys.stderr)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--compute-capability", multiple=True, metavar="X.Y", help="Build engines for it, too; may be repeated.")
+def engines(bundle: Path, compute_capability: tuple[str, ...]) -> None:
+    """Say which TensorRT-RTX engines the BUNDLE has, rebuild those that are out of date, and build those asked for."""
+    from .tensorrt_engines import refresh_engines
+
+    built = {engine.file for engine in refresh_engines(bundle, compute_capability)}
+    present = Bundle.open(bundle).manifest.engines
+    for engine in present:
+        print(f"{engine.file:28}TensorRT-RTX {engine.builder}, {'built now' if engine.file in built else 'up to date'}")
+    if not present:
+        print("no engines: --compute-capability 8.9 builds those for one kind of GPU")
 
 
 class _progress:

@@ -21,7 +21,7 @@ from .layers import Dialect
 from .tensors import Checkpoint
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD}
+DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD, "tensorrt-rtx": Dialect.STANDARD}
 PROMPTS = {
     "answer": "answer {language} {text}",
     "caption": "caption {language}",
@@ -44,6 +44,8 @@ class ExportOptions:
     """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
     verify: bool = False
     """Compare the bundle with transformers before it gets its name."""
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to build engines for, for example 8.9; none: the usual ones. Only target tensorrt-rtx has engines."""
 
 
 @dataclass(frozen=True, slots=True)
