@@ -19,7 +19,12 @@ from pgfast.errors import MissingDependencyError
 @click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt", "tensorrt-rtx"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
-@click.option("--compute-capability", multiple=True, metavar="X.Y", help="Build TensorRT-RTX engines for it; may be repeated.")
+@click.option(
+    "--compute-capability",
+    multiple=True,
+    metavar="X.Y",
+    help="Build TensorRT-RTX engines for it; may be repeated [default: 8.6, 8.9, 12.0].",
+)
 def export(
     checkpoint: str,
     out: Path,
