@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO_RUN := build/demo-model
 
-.PHONY: demo test lint demo-model demo-bundle bench wheel clean
+.PHONY: demo test test-slow lint demo-model demo-bundle bench wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pgfast answer pgfast/demo/blue_circle.png "what color is the shape?"
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

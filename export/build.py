@@ -25,6 +25,7 @@ from .data_file import DataFile
 from .graphs import Graph
 from .plan import ExportOptions, Plan, bytes_of, make_plan, shape_and_type
 from .storage import Kind
+from .tensorrt_engines import add_engines, check_options
 from .tensors import Array, Checkpoint
 from .verify import Sample, read_samples, verify
 
@@ -44,14 +45,18 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     Raises:
         ExportError: The checkpoint is not usable, `out` exists, or the disk is full. Nothing is left behind.
         WeightMismatchError: Tensors do not fit the config.
+        MissingDependencyError: The target needs a builder that is not installed.
     """
     if os.path.lexists(out):
         raise ExportError(f"{out} exists: choose another folder or remove it")
+    capabilities = check_options(options.target, options.compute_capabilities)
     samples = read_samples(options.verify_data) if options.verify_data else None
     plan = make_plan(checkpoint, options)
-    check_disk(out, plan.total_bytes)
+    # every engine holds the weights of its graph
+    check_disk(out, plan.total_bytes * (1 + len(capabilities)))
     with appears_whole(out) as partial:
         manifest = dataclasses.replace(plan.manifest, files=_write_files(plan, partial, on_progress))
+        manifest = add_engines(manifest, partial, capabilities)
         _write_manifest(manifest, partial)
         # read it back through the runtime's own checks: what it would refuse never gets a name
         written = Bundle.open(partial)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pgfast.bundle import Bundle
 from pgfast.errors import MissingDependencyError
 
 
@@ -16,7 +17,7 @@ from pgfast.errors import MissingDependencyError
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, bf16, int8 or int4, of the decoder.")
 @click.option("--vision-precision", help="Of the vision encoder: fp32, fp16, bf16 or int8.")
-@click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
+@click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt", "tensorrt-rtx"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
 @click.option(
     "--layout",
@@ -31,6 +32,12 @@ from pgfast.errors import MissingDependencyError
     type=click.Path(path_type=Path),
     help='Verify on these: JSON lines of {"image": path, "question": text}.',
 )
+@click.option(
+    "--compute-capability",
+    multiple=True,
+    metavar="X.Y",
+    help="Build TensorRT-RTX engines for it; may be repeated [default: 8.6, 8.9, 12.0].",
+)
 def export(
     checkpoint: str,
     out: Path,
@@ -41,6 +48,7 @@ def export(
     layout: str,
     verify: bool,
     verify_data: Path | None,
+    compute_capability: tuple[str, ...],
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
@@ -48,7 +56,8 @@ def export(
         from .plan import PROMPTS, ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
-    options = ExportOptions(precision, target, vision_precision, answer_template or PROMPTS["answer"], verify, verify_data)
+    template = answer_template or PROMPTS["answer"]
+    options = ExportOptions(precision, target, vision_precision, template, verify, verify_data, compute_capability)
     if layout == "transformers.js":
         if verify or verify_data or answer_template or vision_precision or target != "cpu":
             raise click.UsageError("of all other options --layout transformers.js takes only --precision")
@@ -64,6 +73,21 @@ def export(
     print(f"pgfast: wrote {out}: {manifest.family}, {precision}, for {target}, {size / 1e6:,.1f} MB", file=sys.stderr)
     if manifest.parity:
         print(f"pgfast: parity {manifest.parity}", file=sys.stderr)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--compute-capability", multiple=True, metavar="X.Y", help="Build engines for it, too; may be repeated.")
+def engines(bundle: Path, compute_capability: tuple[str, ...]) -> None:
+    """Say which TensorRT-RTX engines the BUNDLE has, rebuild those that are out of date, and build those asked for."""
+    from .tensorrt_engines import refresh_engines
+
+    built = {engine.file for engine in refresh_engines(bundle, compute_capability)}
+    present = Bundle.open(bundle).manifest.engines
+    for engine in present:
+        print(f"{engine.file:28}TensorRT-RTX {engine.builder}, {'built now' if engine.file in built else 'up to date'}")
+    if not present:
+        print("no engines: --compute-capability 8.9 builds those for one kind of GPU")
 
 
 class _progress:

@@ -46,6 +46,8 @@ class ExportOptions:
     """Compare the bundle with transformers before it gets its name."""
     verify_data: Path | None = None
     """JSON lines of pictures and questions to compare on; None: built-in ones."""
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to build engines for, for example 8.9; none: the usual ones. Only target tensorrt-rtx has engines."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,18 @@ from .config import TextConfig
 from .layers import PLAIN, Dialect
 from .storage import Kind, Storage
 
-DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD}
+DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD, "tensorrt-rtx": Dialect.STANDARD}
 PRECISIONS = {
     "cpu": ("fp32", "fp16", "int8", "int4"),
     "cuda": ("fp32", "fp16", "bf16", "int8", "int4"),
     "tensorrt": ("fp32", "fp16", "bf16", "int8", "int4"),
+    "tensorrt-rtx": ("fp32", "fp16", "bf16", "int8", "int4"),
 }
 VISION_PRECISIONS = {
     "cpu": ("fp32", "fp16", "int8"),
     "cuda": ("fp32", "fp16", "bf16"),
     "tensorrt": ("fp32", "fp16", "bf16"),
+    "tensorrt-rtx": ("fp32", "fp16", "bf16"),
 }
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _BITS = {"int8": 8, "int4": 4}

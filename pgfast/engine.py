@@ -19,7 +19,7 @@ from pgfast.prompt import Tokenizer, cut_at_stop, fill_template, safe_length
 from pgfast.runtime import generation
 from pgfast.runtime.decoder import Decoder
 from pgfast.runtime.model import Model
-from pgfast.runtime.providers import Target, candidates, check_available, default_cache_dir
+from pgfast.runtime.providers import Target, candidates, check_available, engine_cache
 from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
 from pgfast.validation import check_options, check_texts
 
@@ -53,8 +53,7 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
     manifest = opened.manifest
     failures: list[str] = []
     for name in candidates(provider, manifest.dialect):
-        # engines are kept by the bundle's own hashes: onnxruntime names them after the graph alone, not its weights
-        cache = default_cache_dir() / manifest.digest()[:16]
+        cache = engine_cache(name, opened.folder, manifest.digest())
         target = Target(name, device_id, fp16=manifest.cache_type == "float16", cache_dir=cache)
         try:
             check_available(name)
@@ -65,6 +64,10 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
             failures.append(str(error))
             continue
         logger.info("running on %s", name)
+        if name == "tensorrt-rtx" and (stale := manifest.engines_of_other_graphs()):
+            files = ", ".join(engine.file for engine in stale)
+            # answers are right all the same: onnxruntime compiles the graph itself
+            logger.warning("%s: built from another graph than the bundle's; 'pgfast engines' rebuilds", files)
         return engine
     raise ProviderError("no provider works: " + "; ".join(failures))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ FORMAT_VERSION = 1
 FAMILIES, PRECISIONS, TARGETS = (
     ("paligemma", "paligemma2"),
     ("fp32", "fp16", "bf16", "int8", "int4"),
-    ("cpu", "cuda", "tensorrt"),
+    ("cpu", "cuda", "tensorrt", "tensorrt-rtx"),
 )
 CACHE_TYPES = {
     "fp32": ("float32",),
@@ -106,6 +107,25 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """A graph that TensorRT-RTX compiled ahead of time for one kind of GPU."""
+
+    file: str
+    graph: str
+    compute_capability: str
+    builder: str
+    """Version of TensorRT-RTX."""
+    built_from: str
+    """`Manifest.graph_digest` at that time."""
+    max_batch: int
+
+
+def engine_file(graph: str, compute_capability: str) -> str:
+    """Name of an engine's file, for example `decoder.sm89.engine`."""
+    return f"{graph}.sm{compute_capability.replace('.', '')}.engine"
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of `pgfast.json`."""
 
@@ -128,6 +148,7 @@ class Manifest:
     """Name and version of the program that wrote the bundle."""
     parity: dict[str, Any] | None = None
     """Report of `pgfast export --verify`."""
+    engines: list[EngineEntry] = dataclasses.field(default_factory=list)
 
     @property
     def cache_length(self) -> int:
@@ -148,6 +169,15 @@ class Manifest:
         return hashlib.sha256(
             "".join(f"{name}{entry.sha256}" for name, entry in sorted(self.files.items())).encode()
         ).hexdigest()
+
+    def graph_digest(self, graph: str) -> str:
+        """Hash of the hashes of a graph and of its weights: what an engine is built from."""
+        names = (self.graphs[graph].file, f"{self.graphs[graph].file}.data")
+        return hashlib.sha256("".join(self.files[name].sha256 for name in names if name in self.files).encode()).hexdigest()
+
+    def engines_of_other_graphs(self) -> list[EngineEntry]:
+        """Engines that do not belong to the graphs and weights beside them."""
+        return [engine for engine in self.engines if engine.built_from != self.graph_digest(engine.graph)]
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -205,6 +235,14 @@ def _check(m: Manifest) -> None:
     for name in (TOKENIZER, *(graph.file for graph in m.graphs.values())):
         if name not in m.files:
             raise BundleError(f"{MANIFEST}: files does not list {name}")
+    for engine in m.engines:
+        named = re.fullmatch(r"\d+\.\d", engine.compute_capability) and engine.graph in m.graphs
+        if not named or engine.file != engine_file(engine.graph, engine.compute_capability):
+            raise BundleError(f"{MANIFEST}: {engine.file!r} is not the name of an engine of this bundle")
+        if not re.fullmatch(r"[\w.+-]{1,40}", engine.builder):
+            raise BundleError(f"{MANIFEST}: {engine.builder!r} is not a version of an engine's builder")
+        if engine.file not in m.files:
+            raise BundleError(f"{MANIFEST}: files does not list {engine.file}")
     for name in m.files:
         if Path(name).name != name or "\\" in name or name in ("", ".", "..", MANIFEST):
             raise BundleError(f"{MANIFEST}: {name!r} is not the name of a file inside the bundle")
@@ -277,7 +315,7 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(value) - set(fields)):
         raise BundleError(f"{MANIFEST}: {where.lstrip('.') or 'the manifest'} has the unknown key {unknown[0]!r}")
-    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(value)):
         raise BundleError(f"{MANIFEST}: {'.'.join([*where.lstrip('.').split('.'), missing[0]]).lstrip('.')} is missing")
     return kind(**{name: _parse(hints[name], item, f"{where}.{name}") for name, item in value.items()})

@@ -59,6 +59,13 @@ def _summary(m: Manifest, checked: bool, batch: int) -> str:
         "parity": ", ".join(f"{key} {value}" for key, value in parity.items()) or "not verified (export with --verify)",
     }
     lines = [f"{name:9}{text}" for name, text in rows.items()]
+    stale = m.engines_of_other_graphs()
+    for e in m.engines:
+        state = ", STALE: built from another graph ('pgfast engines' rebuilds)" if e in stale else ""
+        lines.append(
+            f"engine {e.graph} for compute capability {e.compute_capability}, batch 1 to {e.max_batch}, "
+            f"by TensorRT-RTX {e.builder}{state}"
+        )
     for name, entry in m.files.items():
         lines.append(f"{name:28}{entry.size:>14,} bytes  sha256 {entry.sha256[:16]}")
     lines.append("all hashes match" if checked else "all sizes match, hashes of files up to 64 MiB match")

@@ -29,6 +29,8 @@ _INSTALL = {
 }
 _CUDA_LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10")
 _TENSORRT_LIBRARIES = ("libnvinfer.so.10", "libnvonnxparser.so.10")
+BUNDLE_CACHE = ".tensorrt"
+"""Folder inside a bundle; the manifest does not cover it."""
 Shapes = Mapping[str, Sequence[int]]
 """Graph input to its fixed shape."""
 
@@ -114,6 +116,22 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgfast"
 
 
+def engine_cache(name: str, bundle: Path, digest: str) -> Path:
+    """Folder for what a provider builds for a bundle.
+
+    Args:
+        name: The provider. TensorRT's engines stay beside the bundle where that can be written, and travel with it.
+        bundle: The bundle's folder.
+        digest: The bundle's; onnxruntime names engines after the graph alone, not its weights.
+    """
+    beside = bundle / BUNDLE_CACHE
+    real = beside.is_dir() and not beside.is_symlink()
+    usable = real or not os.path.lexists(beside)
+    if name == "tensorrt" and usable and os.access(beside if real else bundle, os.W_OK | os.X_OK):
+        return beside / digest[:16]
+    return default_cache_dir() / digest[:16]
+
+
 def import_onnxruntime() -> Any:
     """Import ONNX Runtime.
 
@@ -142,7 +160,7 @@ def candidates(provider: str, dialect: str) -> list[str]:
     if provider == "auto":
         return ["tensorrt", "tensorrt-rtx", "cuda", "cpu"] if dialect == "standard" else ["cuda", "cpu"]
     if provider.startswith("tensorrt") and dialect != "standard":
-        raise ProviderError(f"{provider} cannot read this bundle's operators: export it with --target tensorrt")
+        raise ProviderError(f"{provider} cannot read this bundle's operators: export it with --target {provider}")
     return [provider]
 
 
