@@ -52,7 +52,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
         # read it back through the runtime's own checks: what it would refuse never gets a name
         written = Bundle.open(partial)
         if options.verify:
-            manifest = dataclasses.replace(manifest, parity=_verify(plan, written))
+            manifest = dataclasses.replace(manifest, parity=_verify(plan, written, options.adapter))
             _write_manifest(manifest, partial)
     return manifest
 
@@ -83,11 +83,11 @@ def _write_manifest(manifest: Manifest, folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _verify(plan: Plan, bundle: Bundle) -> dict[str, Any]:
+def _verify(plan: Plan, bundle: Bundle, adapter: Path | None) -> dict[str, Any]:
     from .verify import verify
 
     try:
-        return verify(plan.source.path, bundle)
+        return verify(plan.source.path, bundle, adapter)
     except OSError as error:  # of transformers, not of our writing
         raise ExportError(f"transformers cannot load the checkpoint: {error}") from error
 

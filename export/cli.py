@@ -18,14 +18,23 @@ from pgfast.errors import MissingDependencyError
 @click.option("--target", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
-def export(checkpoint: str, out: Path, precision: str, target: str, answer_template: str | None, verify: bool) -> None:
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter of PEFT.")
+def export(
+    checkpoint: str,
+    out: Path,
+    precision: str,
+    target: str,
+    answer_template: str | None,
+    verify: bool,
+    adapter: Path | None,
+) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
         from .build import export as write
         from .plan import PROMPTS, ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
-    options = ExportOptions(precision, target, answer_template or PROMPTS["answer"], verify)
+    options = ExportOptions(precision, target, answer_template or PROMPTS["answer"], verify, adapter)
     with _progress() as on_progress:
         manifest = write(checkpoint, out, options, on_progress)
     size = sum(entry.size for entry in manifest.files.values())

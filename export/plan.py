@@ -18,6 +18,7 @@ from . import graphs, weights
 from .checkpoint import CheckpointFolder, locate, read_image_spec
 from .config import PaliGemmaConfig, read_config
 from .layers import Dialect
+from .lora import AdaptedCheckpoint
 from .tensors import Checkpoint
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
@@ -44,6 +45,8 @@ class ExportOptions:
     """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
     verify: bool = False
     """Compare the bundle with transformers before it gets its name."""
+    adapter: Path | None = None
+    """Folder of a PEFT LoRA adapter to merge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         raise ExportError("the answer template has no {text} for the question")
     source = locate(checkpoint)
     config = read_config(source.path / "config.json")
-    tensors = Checkpoint(source.path)
+    tensors = Checkpoint(source.path) if options.adapter is None else AdaptedCheckpoint(source.path, options.adapter)
     config = weights.settle_head(config, tensors)
     rows = {
         graphs.VISION_ENCODER: list(weights.vision_rows(config)),
@@ -119,7 +122,7 @@ def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: Checkpoin
         limits=Limits(prompt_tokens=room, new_tokens=room),
         graphs={},
         files={},
-        source=Source(source.name, source.revision),
+        source=Source(source.name, source.revision, options.adapter.resolve().name if options.adapter else None),
         exporter=f"pgfast {pgfast.__version__}",
     )
 

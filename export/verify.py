@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ class TransformersReference:
 
     Args:
         folder: The checkpoint.
+        adapter: Folder of a LoRA adapter, which PEFT merges.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         try:
             import torch
             import transformers
@@ -41,6 +43,22 @@ class TransformersReference:
         self._torch, self.name = torch, f"transformers {transformers.__version__}, fp32, eager"
         model_class: Any = transformers.PaliGemmaForConditionalGeneration
         self._model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        if adapter is not None:
+            self._merge(adapter)
+
+    def _merge(self, adapter: Path) -> None:
+        """Let PEFT merge an adapter into the model."""
+        try:
+            import peft
+        except ImportError as error:
+            raise MissingDependencyError(error.name or "peft", "verify") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # names of transformers that PEFT still uses
+            try:
+                self._model = peft.PeftModel.from_pretrained(self._model, adapter).merge_and_unload().eval()
+            except (ValueError, RuntimeError) as error:
+                raise ExportError(f"PEFT cannot merge the adapter: {' '.join(str(error).split())[:300]}") from error
+        self.name += f", adapter merged by peft {peft.__version__}"
 
     def logits(self, pixel_values: NDArray[np.float32], prompt: Sequence[int], generated: Sequence[int] = ()) -> NDArray[Any]:
         """Recompute everything and return the last position's logits, [V].
@@ -76,12 +94,13 @@ def relative_error(ours: NDArray[Any], reference: NDArray[Any]) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
 
 
-def verify(checkpoint: Path, bundle: Bundle) -> dict[str, Any]:
+def verify(checkpoint: Path, bundle: Bundle, adapter: Path | None = None) -> dict[str, Any]:
     """Compare a bundle with its checkpoint.
 
     Args:
         checkpoint: The Hugging Face folder it was exported from.
         bundle: The bundle; it runs on the CPU, whatever its target.
+        adapter: Folder of the adapter that was merged.
 
     Returns:
         The parity report for the manifest.
@@ -90,7 +109,7 @@ def verify(checkpoint: Path, bundle: Bundle) -> dict[str, Any]:
         ExportError: The error is above the precision's threshold, or an fp32 bundle gives another token.
     """
     m = bundle.manifest
-    reference = TransformersReference(checkpoint)
+    reference = TransformersReference(checkpoint, adapter)
     model = Model(bundle, Target("cpu"))
     decoder = model.decoder
     tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=m.tokens.bos)
