@@ -61,7 +61,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
         # read it back through the runtime's own checks: what it would refuse never gets a name
         written = Bundle.open(partial)
         if options.verify or samples:
-            manifest = dataclasses.replace(manifest, parity=_verify(plan, written, samples))
+            manifest = dataclasses.replace(manifest, parity=_verify(plan, written, samples, options.adapter))
             _write_manifest(manifest, partial)
     return manifest
 
@@ -92,9 +92,9 @@ def _write_manifest(manifest: Manifest, folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _verify(plan: Plan, bundle: Bundle, samples: list[Sample] | None) -> dict[str, Any]:
+def _verify(plan: Plan, bundle: Bundle, samples: list[Sample] | None, adapter: Path | None) -> dict[str, Any]:
     try:
-        return verify(plan.source.path, bundle, samples)
+        return verify(plan.source.path, bundle, samples, adapter)
     except OSError as error:  # of transformers, not of our writing
         raise ExportError(f"transformers cannot load the checkpoint: {error}") from error
 

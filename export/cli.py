@@ -38,6 +38,7 @@ from pgfast.errors import MissingDependencyError
     metavar="X.Y",
     help="Build TensorRT-RTX engines for it; may be repeated [default: 8.6, 8.9, 12.0].",
 )
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter of PEFT.")
 def export(
     checkpoint: str,
     out: Path,
@@ -49,6 +50,7 @@ def export(
     verify: bool,
     verify_data: Path | None,
     compute_capability: tuple[str, ...],
+    adapter: Path | None,
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
@@ -57,10 +59,10 @@ def export(
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
     template = answer_template or PROMPTS["answer"]
-    options = ExportOptions(precision, target, vision_precision, template, verify, verify_data, compute_capability)
+    options = ExportOptions(precision, target, vision_precision, template, verify, verify_data, compute_capability, adapter)
     if layout == "transformers.js":
         if verify or verify_data or answer_template or vision_precision or target != "cpu":
-            raise click.UsageError("of all other options --layout transformers.js takes only --precision")
+            raise click.UsageError("of all other options --layout transformers.js takes only --precision and --adapter")
         from .transformersjs import export_transformersjs
 
         with _progress() as on_progress:

@@ -17,6 +17,7 @@ from pgfast.prompt import Tokenizer, fill_template
 from . import graphs, weights
 from .checkpoint import CheckpointFolder, locate, read_image_spec
 from .config import PaliGemmaConfig, read_config
+from .lora import AdaptedCheckpoint
 from .precision import DIALECT_OF, Precision, choose
 from .tensors import Checkpoint
 
@@ -48,6 +49,8 @@ class ExportOptions:
     """JSON lines of pictures and questions to compare on; None: built-in ones."""
     compute_capabilities: tuple[str, ...] = ()
     """GPUs to build engines for, for example 8.9; none: the usual ones. Only target tensorrt-rtx has engines."""
+    adapter: Path | None = None
+    """Folder of a PEFT LoRA adapter to merge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         raise ExportError("the answer template has no {text} for the question")
     source = locate(checkpoint)
     config = read_config(source.path / "config.json")
-    tensors = Checkpoint(source.path)
+    tensors = Checkpoint(source.path) if options.adapter is None else AdaptedCheckpoint(source.path, options.adapter)
     config = weights.settle_head(config, tensors)
     rows = {
         graphs.VISION_ENCODER: list(weights.vision_rows(config)),
@@ -125,7 +128,7 @@ def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: Checkpoin
         limits=Limits(prompt_tokens=room, new_tokens=room),
         graphs={},
         files={},
-        source=Source(source.name, source.revision),
+        source=Source(source.name, source.revision, options.adapter.resolve().name if options.adapter else None),
         exporter=f"pgfast {pgfast.__version__}",
     )
 

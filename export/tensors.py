@@ -59,7 +59,7 @@ class Checkpoint:
     """All tensors of a checkpoint folder, by canonical name.
 
     Args:
-        folder: Holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+        folder: Holds `model.safetensors`, or shards with `model.safetensors.index.json`; or one safetensors file.
 
     Raises:
         ExportError: There are no safetensors, a shard is missing, or a file is damaged.
@@ -103,10 +103,9 @@ class Checkpoint:
 
     def read(self, name: str) -> Array:
         """Read a whole tensor as float32 (raises as `pieces`)."""
-        tensor = self._tensors[name]
-        out = np.empty(tensor.shape, np.float32)
+        out = np.empty(self.shape(name), np.float32)
         flat, at = out.reshape(-1), 0
-        for piece in read_pieces(tensor):
+        for piece in self.pieces(name):
             flat[at : at + piece.size] = piece.reshape(-1)
             at += piece.size
         return out
@@ -148,6 +147,8 @@ def read_pieces(tensor: StoredTensor) -> Iterator[Array]:
 
 
 def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,10 @@ class TransformersReference:
 
     Args:
         folder: The checkpoint.
+        adapter: Folder of a LoRA adapter, which PEFT merges.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         try:
             import torch
             import transformers
@@ -45,6 +47,22 @@ class TransformersReference:
         model_class: Any = transformers.PaliGemmaForConditionalGeneration
         self._model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         self.largest_activation = 0.0
+        if adapter is not None:
+            self._merge(adapter)
+
+    def _merge(self, adapter: Path) -> None:
+        """Let PEFT merge an adapter into the model."""
+        try:
+            import peft
+        except ImportError as error:
+            raise MissingDependencyError(error.name or "peft", "verify") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # names of transformers that PEFT still uses
+            try:
+                self._model = peft.PeftModel.from_pretrained(self._model, adapter).merge_and_unload().eval()
+            except (ValueError, RuntimeError) as error:
+                raise ExportError(f"PEFT cannot merge the adapter: {' '.join(str(error).split())[:300]}") from error
+        self.name += f", adapter merged by peft {peft.__version__}"
 
     def logits(self, pixel_values: NDArray[np.float32], prompt: Sequence[int], generated: Sequence[int] = ()) -> NDArray[Any]:
         """Recompute everything and return the last position's logits, [V]; also notes the largest hidden value seen.
@@ -116,13 +134,16 @@ def built_in_samples() -> list[Sample]:
     return list(zip(_pictures(len(QUESTIONS)), QUESTIONS, strict=True))
 
 
-def verify(checkpoint: Path, bundle: Bundle, samples: Sequence[Sample] | None = None) -> dict[str, Any]:
+def verify(
+    checkpoint: Path, bundle: Bundle, samples: Sequence[Sample] | None = None, adapter: Path | None = None
+) -> dict[str, Any]:
     """Compare a bundle with its checkpoint.
 
     Args:
         checkpoint: The Hugging Face folder it was exported from.
         bundle: The bundle; it runs on the CPU, whatever its target.
         samples: Pictures and questions; None: built-in ones.
+        adapter: Folder of the adapter that was merged.
 
     Returns:
         The parity report for the manifest.
@@ -133,7 +154,7 @@ def verify(checkpoint: Path, bundle: Bundle, samples: Sequence[Sample] | None = 
     m = bundle.manifest
     if "bf16" in (m.precision, m.vision_precision):
         raise ExportError("a bf16 bundle cannot be verified here: ONNX Runtime's CPU provider has no bfloat16 kernels")
-    reference = TransformersReference(checkpoint)
+    reference = TransformersReference(checkpoint, adapter)
     model = Model(bundle, Target("cpu"))
     tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=m.tokens.bos)
     positions = [

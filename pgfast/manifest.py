@@ -104,6 +104,8 @@ class Source:
 
     checkpoint: str
     revision: str | None
+    adapter: str | None = None
+    """LoRA adapter that was merged into it."""
 
 
 @dataclass(frozen=True, slots=True)
