@@ -57,7 +57,8 @@ def locate(checkpoint: str) -> CheckpointFolder:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
-            f"{checkpoint} cannot be downloaded ({reason}): for a gated model accept its licence and run 'hf auth login'"
+            f"{checkpoint} cannot be downloaded ({reason}): for a gated model accept its licence and run 'hf auth login'; "
+            f"without a network run 'hf download {checkpoint} --local-dir DIR' where there is one and export that folder"
         ) from error
     return CheckpointFolder(downloaded, checkpoint, downloaded.name)
 

@@ -138,7 +138,7 @@ class DecoderLayer(nn.Module):
         self.attention = SelfAttention(config, dtype, dialect, storage)
         self.attention_output_norm = norm() if has_output_norms else None
         self.mlp_norm = norm()
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, storage)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, dialect, storage)
         self.mlp_output_norm = norm() if has_output_norms else None
 
     def forward(

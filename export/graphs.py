@@ -63,14 +63,18 @@ def _storages(module: nn.Module) -> dict[str, Storage]:
 
 
 def build_vision_encoder(
-    config: PaliGemmaConfig, dtype: ir.DataType, features_dtype: ir.DataType, storage: Storage = PLAIN
+    config: PaliGemmaConfig,
+    dtype: ir.DataType,
+    features_dtype: ir.DataType,
+    dialect: Dialect,
+    storage: Storage = PLAIN,
 ) -> Graph:
-    """`pixel_values` float32 [B, 3, R, R] to `image_features` [B, P, D]; both dialects share it."""
+    """`pixel_values` float32 [B, 3, R, R] to `image_features` [B, P, D]; plain operators in both dialects."""
     vision = config.vision
     size = vision.image_size
     pixel_values = new_value("pixel_values", ir.DataType.FLOAT, ["B", vision.num_channels, size, size])
     graph = new_graph(VISION_ENCODER, [pixel_values])
-    module = VisionEncoder(config, dtype, features_dtype, storage)
+    module = VisionEncoder(config, dtype, features_dtype, dialect, storage)
     features = module(GraphBuilder(graph).op, pixel_values)
     shape: Dims = ["B", vision.num_image_tokens, config.text.hidden_size]
     return Graph(finish_graph(graph, {"image_features": (features, features_dtype, shape)}), _storages(module))

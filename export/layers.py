@@ -207,11 +207,20 @@ class RMSNorm(nn.Module):
         return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self._eps, stash_type=1)
 
 
+def gelu_tanh(op: Op, x: ir.Value, dtype: ir.DataType, dialect: Dialect) -> ir.Value:
+    """GELU's tanh form; in fp32 for TensorRT, which writes it out and would cube x in fp16 (beyond 40 that overflows)."""
+    if dialect is not Dialect.STANDARD or dtype is ir.DataType.FLOAT:
+        return op.Gelu(x, approximate="tanh")
+    wide = op.Gelu(op.Cast(x, to=ir.DataType.FLOAT.value), approximate="tanh")
+    return op.Cast(wide, to=dtype.value)
+
+
 class GatedMLP(nn.Module):
     """Gemma's feed-forward: `down(gelu_tanh(gate(x)) * up(x))`."""
 
-    def __init__(self, size: int, inner: int, dtype: ir.DataType, storage: Storage = PLAIN) -> None:
+    def __init__(self, size: int, inner: int, dtype: ir.DataType, dialect: Dialect, storage: Storage = PLAIN) -> None:
         super().__init__()
+        self._dtype, self._dialect = dtype, dialect
         self.gate = Linear(size, inner, dtype, storage=storage)
         self.up = Linear(size, inner, dtype, storage=storage)
         self.down = Linear(inner, size, dtype, storage=storage)
@@ -219,4 +228,5 @@ class GatedMLP(nn.Module):
     def forward(self, op: Op, x: ir.Value) -> ir.Value:
         """[B, N, D] to [B, N, D]."""
         shared = self.gate.prepare(op, x)
-        return self.down(op, op.Mul(op.Gelu(self.gate(op, shared), approximate="tanh"), self.up(op, shared)))
+        gate = gelu_tanh(op, self.gate(op, shared), self._dtype, self._dialect)
+        return self.down(op, op.Mul(gate, self.up(op, shared)))

@@ -99,7 +99,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
     p, dialect = precision, DIALECT_OF[options.target]
     built = {
         graphs.VISION_ENCODER: graphs.build_vision_encoder(
-            config, p.vision_dtype, graphs.features_type(p.dtype), p.vision_storage
+            config, p.vision_dtype, graphs.features_type(p.dtype), dialect, p.vision_storage
         ),
         graphs.DECODER: graphs.build_decoder(config, p.dtype, dialect, manifest.cache_length, p.storage, p.table_storage),
     }

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from .config import PaliGemmaConfig, VisionConfig
-from .layers import PLAIN, LayerNorm, Linear, Op
+from .layers import PLAIN, Dialect, LayerNorm, Linear, Op, gelu_tanh
 from .storage import Storage
 
 
@@ -56,8 +56,9 @@ class VisionAttention(nn.Module):
 class VisionLayer(nn.Module):
     """One encoder layer: pre-norm attention, pre-norm feed-forward with tanh-GELU."""
 
-    def __init__(self, config: VisionConfig, dtype: ir.DataType, storage: Storage) -> None:
+    def __init__(self, config: VisionConfig, dtype: ir.DataType, dialect: Dialect, storage: Storage) -> None:
         super().__init__()
+        self._dtype, self._dialect = dtype, dialect
         self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
         self.attention = VisionAttention(config, dtype, storage)
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
@@ -67,7 +68,7 @@ class VisionLayer(nn.Module):
     def forward(self, op: Op, x: ir.Value) -> ir.Value:
         """[B, P, W] to [B, P, W]."""
         x = op.Add(x, self.attention(op, self.norm1(op, x)))
-        inner = op.Gelu(self.fc1(op, self.norm2(op, x)), approximate="tanh")
+        inner = gelu_tanh(op, self.fc1(op, self.norm2(op, x)), self._dtype, self._dialect)
         return op.Add(x, self.fc2(op, inner))
 
 
@@ -75,12 +76,17 @@ class VisionEncoder(nn.Module):
     """Picture to image features: patches, encoder, post layernorm, linear projector."""
 
     def __init__(
-        self, config: PaliGemmaConfig, dtype: ir.DataType, features_dtype: ir.DataType, storage: Storage = PLAIN
+        self,
+        config: PaliGemmaConfig,
+        dtype: ir.DataType,
+        features_dtype: ir.DataType,
+        dialect: Dialect,
+        storage: Storage = PLAIN,
     ) -> None:
         super().__init__()
         vision = config.vision
         self.embedding = PatchEmbedding(vision, dtype)
-        self.layers = nn.ModuleList([VisionLayer(vision, dtype, storage) for _ in range(vision.num_hidden_layers)])
+        self.layers = nn.ModuleList([VisionLayer(vision, dtype, dialect, storage) for _ in range(vision.num_hidden_layers)])
         self.post_norm = LayerNorm(vision.hidden_size, vision.layer_norm_eps, dtype)
         self.projector = Linear(vision.hidden_size, config.text.hidden_size, dtype, bias=True)
         self._dtype, self._features_dtype = dtype, features_dtype

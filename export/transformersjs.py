@@ -156,7 +156,7 @@ def _vision_encoder(config: PaliGemmaConfig, dtype: ir.DataType) -> Graph:
     pixel_values = new_value("pixel_values", float32, [_BATCH, vision.num_channels, vision.image_size, vision.image_size])
     graph = new_graph(VISION_ENCODER, [pixel_values])
     op = GraphBuilder(graph).op
-    features = op.Div(VisionEncoder(config, dtype, float32)(op, pixel_values), _scale(config.text, dtype))
+    features = op.Div(VisionEncoder(config, dtype, float32, Dialect.STANDARD)(op, pixel_values), _scale(config.text, dtype))
     return Graph(
         finish_graph(
             graph, {"image_features": (features, float32, [_BATCH, vision.num_image_tokens, config.text.hidden_size])}

@@ -6,8 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import open_model, random_pixels
+from conftest import Shape, make_bundle, make_checkpoint, open_model, random_pixels
 from pgfast.export.verify import TransformersReference, relative_error
+
+
+@pytest.fixture(scope="module", params=["paligemma", "paligemma2"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both families, in place of the one checkpoint of the other tests."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), Shape(gemma2=request.param == "paligemma2"))
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> TransformersReference:
+    return TransformersReference(checkpoint)
+
+
+@pytest.fixture(scope="module", params=["ort", "standard"])
+def bundle(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(checkpoint, tmp_path_factory.mktemp("bundle") / request.param, dialect=request.param)
+
 
 PROMPT = [2, 7, 5, 12, 9, 4]
 

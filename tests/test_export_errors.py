@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from pgfast.export.config import TEXT_DEFAULTS, VISION_DEFAULTS, parse_config
 from pgfast.export.plan import ExportOptions
 from safetensors.numpy import load_file, save_file
 
-from pgfast.errors import ExportError, PgfastError, WeightMismatchError
+import pgfast
+from pgfast.errors import BundleError, ExportError, PgfastError, WeightMismatchError
 
 Tensors = dict[str, np.ndarray]
 
@@ -127,7 +131,7 @@ def test_a_name_that_is_no_checkpoint_says_so(name: str, tmp_path: Path) -> None
 
 def test_a_hub_id_that_cannot_be_downloaded_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ExportError, match="cannot be downloaded"):
+    with pytest.raises(ExportError, match=r"cannot be downloaded .*hf download google/"):
         export("google/paligemma-3b-ft-vqav2-224", tmp_path / "out", ExportOptions())
 
 
@@ -157,6 +161,26 @@ def test_an_interrupted_export_leaves_nothing(copy: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         export(str(copy), copy.parent / "out", ExportOptions(), interrupt)
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_killed_export_leaves_nothing_that_loads(copy: Path) -> None:
+    """kill -9 in the middle of the weights."""
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom pgfast.export.build import export\n"
+        "from pgfast.export.plan import ExportOptions\n"
+        "def kill(done, total):\n    if done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export(sys.argv[1], Path(sys.argv[2]), ExportOptions(), kill)"
+    )
+    out = copy.parent / "out"
+    done = subprocess.run([sys.executable, "-c", script, str(copy), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    (partial,) = (path for path in copy.parent.iterdir() if path != copy)
+    assert partial.name.startswith(".out.partial-")
+    with pytest.raises(BundleError, match="interrupted"):
+        pgfast.load(partial)
+    export(str(copy), out, ExportOptions())  # and the next one is not in its way
+    assert pgfast.load(out).provider == "cpu"
 
 
 def test_weights_beyond_fp16_are_refused(copy: Path) -> None:
