@@ -47,7 +47,16 @@ _GEMMA2_10B = _GEMMA2 | {
     "num_hidden_layers": 42,
     "num_key_value_heads": 8,
 }
-_TEXT = {"3b": _GEMMA, "2-3b": _GEMMA2, "2-10b": _GEMMA2_10B}
+_GEMMA2_28B = _GEMMA2 | {
+    "hidden_size": 4608,
+    "intermediate_size": 36864,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "query_pre_attn_scalar": 144,
+}
+_TEXT = {"3b": _GEMMA, "2-3b": _GEMMA2, "2-10b": _GEMMA2_10B, "2-28b": _GEMMA2_28B}
 MODELS = [f"{family}-{size}" for family in _TEXT for size in (224, 448, 896)]
 """Names such as 3b-224 (PaliGemma) and 2-3b-448 (PaliGemma 2)."""
 

@@ -57,8 +57,6 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
-        # PaliGemma 2 was trained with full attention everywhere (big_vision has no sliding window); transformers' window
-        # acts only while decoding beyond it, so one that is longer than any answer changes nothing
         "sliding_window": 4096,
         "layer_types": None,
     },
@@ -127,7 +125,7 @@ class TextConfig:
     final_logit_softcapping: float | None
     """The same for the logits."""
     sliding_window: int | None
-    """Attention span of transformers' Gemma 2 while decoding; longer than any answer, or the export refuses."""
+    """Attention span of transformers' Gemma 2 while decoding (`plan.check_window`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,22 +92,32 @@ class SelfAttention(nn.Module):
         self, op: Op, qkv: ir.Value, past: tuple[ir.Value, ir.Value], p: Positions
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         c = self._config
+        q, k, v = self.rotated_heads(op, qkv, p)
+        key = op.TensorScatter(past[0], k, p.write_indices, axis=-2)  # [B, K, T, H]
+        value = op.TensorScatter(past[1], v, p.write_indices, axis=-2)
+        # q and k in 4-D, so the head counts are in the shapes; the mask holds for every query
+        if c.attn_logit_softcapping is None:
+            y = op.Attention(q, key, value, p.mask, scale=c.attention_scale)  # [B, Q, N, H]
+        else:
+            y = self._capped(op, q, key, value, p.mask, c.attn_logit_softcapping)
+        return self.join_heads(op, y), key, value
+
+    def rotated_heads(self, op: Op, qkv: ir.Value, p: Positions) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Split into heads and rotate: q [B, Q, N, H], k and v [B, K, N, H]."""
+        c = self._config
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         q, k, v = op.Split(qkv, [q_width, kv_width, kv_width], axis=-1, _outputs=3)
 
         def heads(x: ir.Value, count: int) -> ir.Value:  # [B, N, count * H] to [B, count, N, H]
             return op.Transpose(op.Reshape(x, [0, 0, count, c.head_dim]), perm=[0, 2, 1, 3])
 
-        q = op.RotaryEmbedding(heads(q, c.num_attention_heads), p.cos, p.sin, p.position_ids)  # [B, Q, N, H]
-        k = op.RotaryEmbedding(heads(k, c.num_key_value_heads), p.cos, p.sin, p.position_ids)  # [B, K, N, H]
-        key = op.TensorScatter(past[0], k, p.write_indices, axis=-2)  # [B, K, T, H]
-        value = op.TensorScatter(past[1], heads(v, c.num_key_value_heads), p.write_indices, axis=-2)
-        # q and k in 4-D, so the head counts are in the shapes; the mask holds for every query
-        if c.attn_logit_softcapping is None:
-            y = op.Attention(q, key, value, p.mask, scale=c.attention_scale)  # [B, Q, N, H]
-        else:
-            y = self._capped(op, q, key, value, p.mask, c.attn_logit_softcapping)
-        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, q_width]), key, value
+        q = op.RotaryEmbedding(heads(q, c.num_attention_heads), p.cos, p.sin, p.position_ids)
+        k = op.RotaryEmbedding(heads(k, c.num_key_value_heads), p.cos, p.sin, p.position_ids)
+        return q, k, heads(v, c.num_key_value_heads)
+
+    def join_heads(self, op: Op, y: ir.Value) -> ir.Value:
+        """[B, Q, N, H] to [B, N, Q * H]."""
+        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, self._config.num_attention_heads * self._config.head_dim])
 
     def _capped(self, op: Op, q: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, cap: float) -> ir.Value:
         """Attention with capped scores, spelt out: TensorRT's parser refuses Attention's softcap. Softmax in fp32."""

@@ -93,9 +93,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
     _check_tokenizer(source.path, config, options)
     precision = choose(options.precision, options.vision_precision, options.target, config.text)
     manifest = _manifest(config, options, source, precision)
-    window = config.text.sliding_window
-    if window is not None and window < manifest.cache_length:
-        raise ExportError(f"sliding_window {window} is shorter than an answer can be: not supported")
+    check_window(config.text.sliding_window, manifest.cache_length)
     p, dialect = precision, DIALECT_OF[options.target]
     built = {
         graphs.VISION_ENCODER: graphs.build_vision_encoder(
@@ -105,6 +103,17 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
     }
     specs = {name: graphs.graph_spec(graph, f"{name}.onnx") for name, graph in built.items()}
     return Plan(source, config, tensors, dataclasses.replace(manifest, graphs=specs), built, rows)
+
+
+GEMMA2_WINDOW = 4096
+"""sliding_window of every published PaliGemma 2. The model was trained with full attention (big_vision has no window), and
+transformers' acts only on decoding beyond it, which pictures of 896 pixels alone reach: full attention is right there too."""
+
+
+def check_window(window: int | None, cache_length: int) -> None:
+    """Refuse a sliding window that would change answers."""
+    if window is not None and window < cache_length and window != GEMMA2_WINDOW:
+        raise ExportError(f"sliding_window {window} is shorter than an answer can be: not supported")
 
 
 def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder, precision: Precision) -> Manifest:

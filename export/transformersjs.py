@@ -53,18 +53,10 @@ class ConcatAttention(SelfAttention):
         self, op: Op, qkv: ir.Value, past: tuple[ir.Value, ir.Value], p: Positions
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         c = self._config
-        q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        q, k, v = op.Split(qkv, [q_width, kv_width, kv_width], axis=-1, _outputs=3)
-
-        def heads(x: ir.Value, count: int) -> ir.Value:  # [B, S, count * H] to [B, count, S, H]
-            return op.Transpose(op.Reshape(x, [0, 0, count, c.head_dim]), perm=[0, 2, 1, 3])
-
-        q = op.RotaryEmbedding(heads(q, c.num_attention_heads), p.cos, p.sin, p.position_ids)
-        k = op.RotaryEmbedding(heads(k, c.num_key_value_heads), p.cos, p.sin, p.position_ids)
-        key = op.Concat(past[0], k, axis=2)  # [B, K, past + S, H]
-        value = op.Concat(past[1], heads(v, c.num_key_value_heads), axis=2)
+        q, k, v = self.rotated_heads(op, qkv, p)
+        key, value = op.Concat(past[0], k, axis=2), op.Concat(past[1], v, axis=2)  # [B, K, past + S, H]
         y = op.Attention(q, key, value, scale=c.attention_scale, softcap=c.attn_logit_softcapping or 0.0)
-        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, q_width]), key, value
+        return self.join_heads(op, y), key, value
 
 
 class ConcatLayer(DecoderLayer):

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Shape, make_checkpoint
+from pgfast.bench.synth import MODELS, config_of
 from pgfast.export import build
 from pgfast.export.build import export
 from pgfast.export.config import TEXT_DEFAULTS, VISION_DEFAULTS, parse_config
-from pgfast.export.plan import ExportOptions
+from pgfast.export.plan import ExportOptions, check_window
+from pgfast.export.precision import choose
 from safetensors.numpy import load_file, save_file
 
 import pgfast
@@ -238,6 +240,18 @@ def test_a_sliding_window_shorter_than_an_answer_is_refused(tmp_path: Path) -> N
     folder = make_checkpoint(tmp_path / "checkpoint", Shape(gemma2=True))
     edit_json(folder / "config.json", lambda raw: raw["text_config"].update(sliding_window=8))
     refused(folder, ExportError, "sliding_window 8")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_published_shape_is_taken(model: str) -> None:
+    """PaliGemma 1 and 2 at 224, 448 and 896 pixels; 896 is beyond Gemma 2's window, which is not the model's."""
+    config = parse_config(config_of(model))
+    size = int(model.rsplit("-", 1)[1])
+    assert config.vision.num_image_tokens == (size // 14) ** 2
+    check_window(config.text.sliding_window, config.vision.num_image_tokens + 256)
+    assert config.text.model_type == ("gemma2" if model.startswith("2-") else "gemma")
+    for precision, target in (("int4", "cpu"), ("int8", "cpu"), ("int4", "cuda"), ("int4", "tensorrt"), ("bf16", "cuda")):
+        assert choose(precision, None, target, config.text).storage.block in (16, 32)
 
 
 @pytest.mark.parametrize(
