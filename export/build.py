@@ -27,7 +27,7 @@ from .plan import ExportOptions, Plan, bytes_of, make_plan, shape_and_type
 from .storage import Kind
 from .tensorrt_engines import add_engines, check_options
 from .tensors import Array, Checkpoint
-from .verify import Sample, read_samples, verify
+from .verify import Sample, check_possible, read_samples, verify
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
@@ -52,6 +52,8 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     capabilities = check_options(options.target, options.compute_capabilities)
     samples = read_samples(options.verify_data) if options.verify_data else None
     plan = make_plan(checkpoint, options)
+    if options.verify or samples:
+        check_possible((plan.manifest.precision, plan.manifest.vision_precision), options.adapter)
     # every engine holds the weights of its graph
     check_disk(out, plan.total_bytes * (1 + len(capabilities)))
     with appears_whole(out) as partial:

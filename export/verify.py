@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ class TransformersReference:
             import transformers
         except ImportError as error:
             raise MissingDependencyError(error.name or "torch", "verify") from error
+        transformers.utils.logging.disable_progress_bar()
         self._torch, self.name = torch, f"transformers {transformers.__version__}, fp32, eager"
         model_class: Any = transformers.PaliGemmaForConditionalGeneration
         self._model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -101,6 +103,20 @@ def relative_error(ours: NDArray[Any], reference: NDArray[Any]) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
 
 
+def check_possible(precisions: Sequence[str], adapter: Path | None) -> None:
+    """Refuse before any work what `verify` would refuse after it.
+
+    Raises:
+        MissingDependencyError: A library of the reference is not installed.
+        ExportError: There are no CPU kernels for the precision.
+    """
+    for module in ("torch", "transformers", *(("peft",) if adapter else ())):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, "verify")
+    if "bf16" in precisions:
+        raise ExportError("a bf16 bundle cannot be verified here: ONNX Runtime's CPU provider has no bfloat16 kernels")
+
+
 Sample = tuple[Any, str]
 """A picture as `pgfast.image.open_image` takes it, and a question."""
 
@@ -152,8 +168,6 @@ def verify(
         ExportError: The error is above the precision's threshold, or an fp32 bundle gives another token.
     """
     m = bundle.manifest
-    if "bf16" in (m.precision, m.vision_precision):
-        raise ExportError("a bf16 bundle cannot be verified here: ONNX Runtime's CPU provider has no bfloat16 kernels")
     reference = TransformersReference(checkpoint, adapter)
     model = Model(bundle, Target("cpu"))
     tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=m.tokens.bos)

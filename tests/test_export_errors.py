@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import shutil
 import signal
@@ -24,7 +25,7 @@ from pgfast.export.precision import choose
 from safetensors.numpy import load_file, save_file
 
 import pgfast
-from pgfast.errors import BundleError, ExportError, PgfastError, WeightMismatchError
+from pgfast.errors import BundleError, ExportError, MissingDependencyError, PgfastError, WeightMismatchError
 
 Tensors = dict[str, np.ndarray]
 
@@ -287,6 +288,14 @@ def test_names_that_the_system_refuses_are_refused(name: str, checkpoint: Path, 
     if "\0" not in name and "/" not in name:
         with pytest.raises(ExportError):
             export(str(checkpoint), tmp_path / name / "out" / name, ExportOptions())
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_verification_without_its_libraries_is_refused_first(copy: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == module else real(name, *rest))
+    monkeypatch.setattr(build, "_write_files", None)
+    refused(copy, MissingDependencyError, rf"{module} is not installed: pip install 'pgfast\[verify\]'", verify=True)
 
 
 def test_verification_fails_when_logits_are_not_finite(copy: Path) -> None:
