@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT, TESTS
+from pgfast.bench import accuracy
 from pgfast.export.build import export
 from pgfast.export.plan import ExportOptions
 from pgfast.train import easy_vqa_data
@@ -77,6 +78,19 @@ def test_every_answer_on_the_test_split_equals_transformers(
     assert len(ours) == 9673
     assert different == 0
     assert right >= 0.995
+
+
+@pytest.mark.parametrize(("precision", "allowed_loss"), [("fp16", 0.0005), ("int8", 0.002), ("int4", 0.01)])
+def test_precisions_cost_little_on_the_test_split(
+    precision: str, allowed_loss: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the fp32 bundle's 9,671 right answers of 9,673."""
+    export(str(DEMO_CHECKPOINT), tmp_path / "out", ExportOptions(precision))
+    report = accuracy.measure(str(tmp_path / "out"))
+    with capsys.disabled():
+        print(f"\n{precision}: accuracy {report['accuracy']:.4%}, {report['megabytes']} MB")
+    assert report["count"] == 9673
+    assert report["accuracy"] >= 9671 / 9673 - allowed_loss
 
 
 def test_the_bundle_was_exported_from_the_checkpoint_in_the_repository(demo: Engine) -> None:

@@ -156,6 +156,14 @@ def test_a_full_disk_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch)
     refused(copy, ExportError, "disk .* is full")
 
 
+def test_a_folder_that_may_not_be_written_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    refused(copy, ExportError, "cannot be created: Permission denied")
+
+
 def test_an_interrupted_export_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(done: int, total: int) -> None:
         if done > total / 2:

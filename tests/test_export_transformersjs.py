@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -213,7 +214,12 @@ def npm_package() -> Path:
         NODE_FOLDER.mkdir(parents=True, exist_ok=True)
         # without scripts: onnxruntime-node's would download CUDA libraries
         words = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(NODE_FOLDER)]
-        subprocess.run([*words, f"{PACKAGE}@{PACKAGE_VERSION}"], check=True, timeout=300, capture_output=True)
+        done = subprocess.run(
+            [*words, f"{PACKAGE}@{PACKAGE_VERSION}"], check=False, timeout=300, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            assert "CI" not in os.environ, done.stderr  # in CI the package must be had
+            pytest.skip(f"npm cannot install {PACKAGE}: {done.stderr[-200:]}")
     return NODE_FOLDER
 
 
