@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .tensorrt_engines import add_engines, check_options
 from .tensors import Array, Checkpoint
 from .verify import Sample, check_possible, read_samples, verify
 
+FP16_MAX = 65504.0
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
 
@@ -112,10 +113,15 @@ def write_weights(graph: Graph, rows: Sequence[weights.Row], tensors: Checkpoint
             cast = functools.partial(_cast, dtype=shape_and_type(value)[1], name=name)
             _place(value, data, row.pieces(tensors, cast))
             continue
-        pieces, scales = storage.encode(row.raw_rows(tensors))
-        offset = _place(value, data, pieces)
         scale = values.pop(f"{name}_scale")
-        _place(scale, data, [_cast(storage.join_scales(scales), shape_and_type(scale)[1], f"the scale of {name}")])
+        dtype = shape_and_type(scale)[1]
+        # dequantized weights have the scale's type, so they must fit it as plain ones would
+        pieces, scales = storage.encode(_in_range(piece, dtype, name) for piece in row.raw_rows(tensors))
+        offset = _place(value, data, pieces)
+        joined = storage.join_scales(scales)
+        if not np.isfinite(joined).all():
+            raise ExportError(f"{name} holds values too large to quantize: export with --precision fp32")
+        _place(scale, data, [joined.astype(dtype.numpy())])
         if (flat := values.pop(f"{name}_rows", None)) is not None:  # the same bytes under another shape
             _point(flat, data, offset)
     assert not values, f"no row of the weight table for {sorted(values)}"
@@ -135,11 +141,15 @@ def _point(value: ir.Value, data: DataFile, offset: int) -> None:
     )
 
 
-def _cast(array: Array, dtype: ir.DataType, name: str) -> Array:
-    """Convert to the graph's type; a weight that fp16 cannot hold is an error, not an infinity."""
-    if dtype is ir.DataType.FLOAT16 and array.size and max(array.max(), -array.min()) > np.finfo(np.float16).max:
+def _in_range(array: Array, dtype: ir.DataType, name: str) -> Array:
+    """Return the array; a weight that fp16 cannot hold is an error, not an infinity."""
+    if dtype is ir.DataType.FLOAT16 and array.size and max(array.max(), -array.min()) > FP16_MAX:
         raise ExportError(f"{name} holds values beyond fp16's range: export with --precision fp32")
-    return array.astype(dtype.numpy(), copy=False)
+    return array
+
+
+def _cast(array: Array, dtype: ir.DataType, name: str) -> Array:
+    return _in_range(array, dtype, name).astype(dtype.numpy(), copy=False)
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -163,6 +173,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
 
     An export that fails removes it; one that is killed leaves a hidden folder without a manifest, which nothing loads.
     """
+    made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -175,9 +186,13 @@ def appears_whole(out: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         partial.chmod(0o755)
         os.rename(partial, out)
+        made = []
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ExportError(f"the disk of {out.parent} is full: free some space and export again") from error
         raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()

@@ -58,10 +58,10 @@ def export(
         from .plan import PROMPTS, ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
-    template = answer_template or PROMPTS["answer"]
+    template = PROMPTS["answer"] if answer_template is None else answer_template
     options = ExportOptions(precision, target, vision_precision, template, verify, verify_data, compute_capability, adapter)
     if layout == "transformers.js":
-        if verify or verify_data or answer_template or vision_precision or target != "cpu":
+        if verify or verify_data or answer_template or vision_precision or compute_capability or target != "cpu":
             raise click.UsageError("of all other options --layout transformers.js takes only --precision and --adapter")
         from .transformersjs import export_transformersjs
 

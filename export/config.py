@@ -271,7 +271,11 @@ def _check(config: PaliGemmaConfig) -> None:
         raise ExportError("vision_config.hidden_size is not a multiple of num_attention_heads")
     if text.num_attention_heads % text.num_key_value_heads:
         raise ExportError("text_config.num_attention_heads is not a multiple of num_key_value_heads")
-    if text.max_position_embeddings > 2**20:
+    if max(text.num_hidden_layers, vision.num_hidden_layers) >= 1000 or text.head_dim > 1024 or text.head_dim % 2:
+        raise ExportError("layers under 1000 and an even head_dim of at most 1024 are needed")
+    if vision.num_channels != 3:
+        raise ExportError(f"vision_config.num_channels is {vision.num_channels}: only 3 is supported")
+    if text.max_position_embeddings > 2**18:
         raise ExportError(f"max_position_embeddings {text.max_position_embeddings} is beyond anything that was trained")
     if text.max_position_embeddings < vision.num_image_tokens + 32:
         raise ExportError("max_position_embeddings leaves no room for a prompt behind the image")

@@ -53,6 +53,11 @@ class Graph:
     storages: dict[str, Storage]
     """How each matrix is stored, by the name of its initializer."""
 
+    def is_alias(self, value: ir.Value) -> bool:
+        """Whether an initializer has no bytes of its own: the flat view of a quantized table."""
+        name = str(value.name)
+        return name.endswith("_rows") and name.removesuffix("_rows") in self.storages
+
     def parameters(self) -> list[ir.Value]:
         """Initializers that come from the weight table; the builder's own constants already have their value."""
         return [value for value in self.model.graph.initializers.values() if value.const_value is None]

@@ -215,12 +215,16 @@ def _pattern(raw: dict[str, Any], what: str) -> dict[str, Any]:
         raise ExportError(f"{CONFIG}: {what} is not an object")
     for key in pattern:
         try:
-            re.compile(key)
-        except re.error as error:
+            re.compile(_regex(key))
+        except (re.error, OverflowError, RecursionError) as error:
             raise ExportError(f"{CONFIG}: the key {key!r} of {what} is no regular expression: {error}") from error
     return pattern
 
 
+def _regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
 def _first_match(pattern: dict[str, Any], module: str) -> str | None:
     """Return the key that PEFT takes for a module (peft.utils.other.get_pattern_key): the first one that matches."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+    return next((key for key in pattern if re.match(_regex(key), module)), None)

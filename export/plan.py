@@ -10,15 +10,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 import pgfast
-from pgfast.errors import ExportError, PgfastError
-from pgfast.manifest import FORMAT_VERSION, TOKENIZER, Dimensions, Limits, Manifest, Source, TokenIds
+from pgfast.errors import BundleError, ExportError, PgfastError
+from pgfast.manifest import FORMAT_VERSION, TOKENIZER, Dimensions, Limits, Manifest, Source, TokenIds, check_values
 from pgfast.prompt import Tokenizer, fill_template
 
 from . import graphs, weights
 from .checkpoint import CheckpointFolder, locate, read_image_spec
 from .config import PaliGemmaConfig, read_config
 from .lora import AdaptedCheckpoint
-from .precision import DIALECT_OF, Precision, choose
+from .precision import DIALECT_OF, Precision, check_words, choose
 from .tensors import Checkpoint
 
 PROMPTS = {
@@ -69,7 +69,9 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Size of all weights to write."""
-        return sum(bytes_of(value) for graph in self.graphs.values() for value in graph.parameters())
+        return sum(
+            bytes_of(value) for graph in self.graphs.values() for value in graph.parameters() if not graph.is_alias(value)
+        )
 
 
 def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
@@ -79,6 +81,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         ExportError: The checkpoint or an option cannot be used.
         WeightMismatchError: Tensors do not fit the config.
     """
+    check_words(options.precision, options.vision_precision, options.target)
     if "{text}" not in options.answer_template:
         raise ExportError("the answer template has no {text} for the question")
     source = locate(checkpoint)
@@ -102,7 +105,12 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         graphs.DECODER: graphs.build_decoder(config, p.dtype, dialect, manifest.cache_length, p.storage, p.table_storage),
     }
     specs = {name: graphs.graph_spec(graph, f"{name}.onnx") for name, graph in built.items()}
-    return Plan(source, config, tensors, dataclasses.replace(manifest, graphs=specs), built, rows)
+    manifest = dataclasses.replace(manifest, graphs=specs)
+    try:
+        check_values(manifest)
+    except BundleError as error:
+        raise ExportError(f"the checkpoint's configuration makes no sense: {error}") from error
+    return Plan(source, config, tensors, manifest, built, rows)
 
 
 GEMMA2_WINDOW = 4096

@@ -45,6 +45,18 @@ class Precision:
     vision_storage: Storage
 
 
+def check_words(precision: str, vision_precision: str | None, target: str) -> str:
+    """Refuse combinations that do not exist, before anything is read (raises as `choose`); returns the vision precision."""
+    if target not in DIALECT_OF:
+        raise ExportError(f"unknown target {target!r}: choose one of {', '.join(DIALECT_OF)}")
+    default = ("int8" if target == "cpu" else "fp16") if precision in _BITS else precision
+    vision = default if vision_precision is None else vision_precision
+    for what, word, allowed in (("precision", precision, PRECISIONS), ("vision precision", vision, VISION_PRECISIONS)):
+        if word not in allowed[target]:
+            raise ExportError(f"{what} {word} does not fit target {target}: choose one of {', '.join(allowed[target])}")
+    return vision
+
+
 def choose(precision: str, vision_precision: str | None, target: str, text: TextConfig) -> Precision:
     """Resolve the user's words.
 
@@ -58,13 +70,8 @@ def choose(precision: str, vision_precision: str | None, target: str, text: Text
     Raises:
         ExportError: The combination does not exist; the message lists what does.
     """
-    if target not in DIALECT_OF:
-        raise ExportError(f"unknown target {target!r}: choose one of {', '.join(DIALECT_OF)}")
+    vision = check_words(precision, vision_precision, target)
     quantized = precision in _BITS
-    vision = vision_precision or (("int8" if target == "cpu" else "fp16") if quantized else precision)
-    for what, word, allowed in (("precision", precision, PRECISIONS), ("vision precision", vision, VISION_PRECISIONS)):
-        if word not in allowed[target]:
-            raise ExportError(f"{what} {word} does not fit target {target}: choose one of {', '.join(allowed[target])}")
     vision_dtype = ir.DataType.FLOAT if vision == "int8" else FLOATS[vision]
     vision_storage = Storage(Kind.DYNAMIC) if vision == "int8" else PLAIN
     if not quantized:

@@ -152,8 +152,8 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ExportError(f"{index.name} cannot be read: {error!r}") from error
         if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
             raise ExportError(f"{missing[0]} is missing: {index.name} lists {len(names)} files, download the rest")

@@ -215,7 +215,7 @@ def export_transformersjs(
     bundle = make_plan(checkpoint, options)  # the same checks; only its graphs differ
     built = build_graphs(bundle.config, FLOATS[options.precision])
     plan = dataclasses.replace(bundle, graphs=built, rows=_rows(bundle.config))
-    settings = _settings(plan, options.precision)
+    settings = {name: _to_json(content, name) for name, content in _settings(plan, options.precision).items()}
     done, total = 0, plan.total_bytes
 
     def on_bytes(count: int) -> None:
@@ -233,14 +233,29 @@ def export_transformersjs(
                 data.finish()
             ir.save(graph.model, path)
         for file, content in settings.items():
-            (partial / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (partial / file).write_bytes(content)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if there is no such file."""
+    content = read_json(path)
+    if content is not None and not isinstance(content, dict):
+        raise ExportError(f"{path.name} is not a JSON object")
+    return content or {}
+
+
+def _to_json(content: dict[str, Any], name: str) -> bytes:
+    try:
+        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except ValueError as error:  # NaN, or half a character
+        raise ExportError(f"{name} of the checkpoint holds what JSON cannot: {error}") from error
 
 
 def _settings(plan: Plan, precision: str) -> dict[str, Any]:
     """The JSON files: what the checkpoint has, and what the package takes from them and transformers does not write."""
     folder, config = plan.source.path, plan.config
-    raw, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+    raw, generation = _read_object(folder / "config.json"), _read_object(folder / "generation_config.json")
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # transformers leaves out what equals its defaults; the package has no defaults
     text_keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -259,7 +274,7 @@ def _settings(plan: Plan, precision: str) -> dict[str, Any]:
     }
     return {
         "config.json": config_json,
-        "generation_config.json": {**ids, **(generation or {})},
+        "generation_config.json": {**ids, **generation},
         "preprocessor_config.json": _preprocessor(plan.manifest.image, config.vision.num_image_tokens),
         TOKENIZER: _tokenizer(folder),
         "tokenizer_config.json": _tokenizer_config(folder, config),
@@ -285,7 +300,7 @@ def _preprocessor(image: ImageSpec, num_image_tokens: int) -> dict[str, Any]:
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Without a post-processor: the package's processor writes <bos> itself, and PaliGemma 1's tokenizer adds another."""
-    return {**read_json(folder / TOKENIZER), "post_processor": None}
+    return {**_read_object(folder / TOKENIZER), "post_processor": None}
 
 
 def _tokenizer_config(folder: Path, config: PaliGemmaConfig) -> dict[str, Any]:
@@ -299,4 +314,4 @@ def _tokenizer_config(folder: Path, config: PaliGemmaConfig) -> dict[str, Any]:
     }
     defaults = {"tokenizer_class": "GemmaTokenizer", "unk_token": "<unk>", "clean_up_tokenization_spaces": False}
     fixed = {"processor_class": "PaliGemmaProcessor", "add_bos_token": False, "add_eos_token": False}
-    return {**defaults, **(read_json(folder / "tokenizer_config.json") or {}), **tokens, **fixed}
+    return {**defaults, **_read_object(folder / "tokenizer_config.json"), **tokens, **fixed}

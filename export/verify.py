@@ -137,9 +137,12 @@ def read_samples(path: Path) -> list[Sample]:
             continue
         try:
             row = json.loads(line)
-            samples.append((path.parent / row["image"], str(row["question"])))
+            image, question = path.parent / row["image"], str(row["question"])
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(f'{path} line {number}: {{"image": ..., "question": ...}} is needed ({error!r})') from error
+        if not image.is_file():
+            raise ExportError(f"{path} line {number}: {image} does not exist")
+        samples.append((image, question))
     if not samples:
         raise ExportError(f"{path} has no samples")
     return samples
@@ -181,6 +184,7 @@ def verify(
         raise ExportError(
             f"the bundle's logits are not finite at {int((~np.isfinite(errors)).sum())} of {len(errors)} positions"
         )
+    threshold = max(THRESHOLDS[m.precision], THRESHOLDS[m.vision_precision])
     worst = positions[int(errors.argmax())]
     agreement = float(np.mean([position.same for position in positions]))
     report = {
@@ -194,9 +198,9 @@ def verify(
         "perplexity": _round(np.exp(-np.mean([position.logprob for position in positions]))),
         "reference_perplexity": _round(np.exp(-np.mean([position.reference_logprob for position in positions]))),
         "largest_activation": _round(reference.largest_activation),
-        "threshold": THRESHOLDS[m.precision],
+        "threshold": threshold,
     }
-    if errors.max() > THRESHOLDS[m.precision] or (m.precision == m.vision_precision == "fp32" and agreement < 1):
+    if errors.max() > threshold or (m.precision == m.vision_precision == "fp32" and agreement < 1):
         raise ExportError(f"the bundle differs from its checkpoint: {report}")
     return report
 

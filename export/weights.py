@@ -152,6 +152,8 @@ def settle_head(config: PaliGemmaConfig, checkpoint: Checkpoint) -> PaliGemmaCon
     names = checkpoint.names()
     if not {EMBEDDING, HEAD} <= names or checkpoint.shape(EMBEDDING) != checkpoint.shape(HEAD):
         return config
+    for name in (EMBEDDING, HEAD):
+        checkpoint.check_dtype(name)
     pairs = zip(checkpoint.pieces(EMBEDDING), checkpoint.pieces(HEAD), strict=True)
     same = all(np.array_equal(embedding, head) for embedding, head in pairs)
     return dataclasses.replace(config, text=dataclasses.replace(config.text, tied=same))

@@ -9,13 +9,12 @@ import dataclasses
 import hashlib
 import json
 import re
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pgfast.errors import BundleError
+from pgfast.strict_json import parse, refuse_constant
 
 MANIFEST = "pgfast.json"
 TOKENIZER = "tokenizer.json"
@@ -189,7 +188,7 @@ class Manifest:
             BundleError: Not JSON, a newer format, a missing or unknown key, or a value that makes no sense.
         """
         try:
-            raw = json.loads(text, parse_constant=_refuse_constant)
+            raw = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
         if not isinstance(raw, dict):
@@ -198,13 +197,21 @@ class Manifest:
         if version != FORMAT_VERSION:
             hint = "upgrade pgfast" if isinstance(version, int) and version > FORMAT_VERSION else "export the checkpoint again"
             raise BundleError(f"{MANIFEST} has format version {version!r}, this pgfast reads {FORMAT_VERSION}: {hint}")
-        manifest = _parse(cls, raw, "")
-        _check(manifest)
+        try:
+            manifest = parse(cls, raw)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST}: {error}") from error
+        check_values(manifest)
+        _check_files(manifest)
         return manifest
 
 
-def _check(m: Manifest) -> None:
-    """Refuse values that no exporter writes."""
+def check_values(m: Manifest) -> None:
+    """Refuse values that no exporter writes; the files are not looked at.
+
+    Raises:
+        BundleError: The message names the value.
+    """
     for what, value, allowed in (
         ("family", m.family, FAMILIES),
         ("precision", m.precision, PRECISIONS),
@@ -233,7 +240,13 @@ def _check(m: Manifest) -> None:
         raise BundleError(f"{MANIFEST}: the limits exceed the model's {m.dimensions.max_position_embeddings} positions")
     if "{text}" not in m.prompts.get("answer", ""):
         raise BundleError(f"{MANIFEST}: prompts has no template for 'answer' with {{text}} in it")
+    if any(not isinstance(value, str | int | float | None) for value in (m.parity or {}).values()):
+        raise BundleError(f"{MANIFEST}: parity is a flat list of figures")
     check_interface(m)
+
+
+def _check_files(m: Manifest) -> None:
+    """Refuse lists of files that leave out what is needed or name what is not in the bundle."""
     for name in (TOKENIZER, *(graph.file for graph in m.graphs.values())):
         if name not in m.files:
             raise BundleError(f"{MANIFEST}: files does not list {name}")
@@ -279,45 +292,3 @@ def check_interface(m: Manifest) -> None:
                 raise BundleError(f"{MANIFEST}: {graph.file}'s {name} does not fit the dimensions")
     if dtype not in CACHE_TYPES[m.precision]:
         raise BundleError(f"{MANIFEST}: the cache is {dtype or 'missing'}, which does not fit precision {m.precision}")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-T = TypeVar("T")
-
-
-def _parse(kind: type[T], value: Any, where: str) -> T:
-    """Build a value of the annotated type from JSON, strictly: no missing or unknown keys, no conversions."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return typing.cast(T, _parse_dataclass(kind, value, where))
-    if origin is types.UnionType:
-        if value is None:
-            return typing.cast(T, None)
-        return typing.cast(T, _parse(args[0], value, where))
-    if origin is dict and isinstance(value, dict):
-        return typing.cast(T, {key: _parse(args[1], item, f"{where}.{key}") for key, item in value.items()})
-    if origin is list and isinstance(value, list):
-        return typing.cast(T, [_parse(args[0], item, where) for item in value])
-    if kind is Any:
-        return typing.cast(T, value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        return typing.cast(T, float(value))
-    if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise BundleError(f"{MANIFEST}: {where.lstrip('.')} is not a {getattr(kind, '__name__', kind)}")
-
-
-def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise BundleError(f"{MANIFEST}: {where.lstrip('.')} is not an object")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(value) - set(fields)):
-        raise BundleError(f"{MANIFEST}: {where.lstrip('.') or 'the manifest'} has the unknown key {unknown[0]!r}")
-    required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(required - set(value)):
-        raise BundleError(f"{MANIFEST}: {'.'.join([*where.lstrip('.').split('.'), missing[0]]).lstrip('.')} is missing")
-    return kind(**{name: _parse(hints[name], item, f"{where}.{name}") for name, item in value.items()})

@@ -133,6 +133,8 @@ def test_a_newer_format_says_upgrade(copy: Path) -> None:
         (lambda raw: raw["files"].pop("tokenizer.json"), "tokenizer.json"),
         (lambda raw: raw.update(family="llava"), "family"),
         (lambda raw: raw.update(parity=[]), "parity"),
+        (lambda raw: raw.update(parity={"deep": [[[]]]}), "parity"),
+        (lambda raw: raw.update(exporter="\ud800"), "half a character"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_says_where(copy: Path, change: Callable[[Any], object], message: str) -> None:

@@ -224,6 +224,28 @@ def test_half_a_shard_and_a_missing_shard_are_named(copy: Path) -> None:
     refused(copy, ExportError, r"model-00001-of-00002\.safetensors is missing")
 
 
+def test_an_index_of_another_form_is_refused(copy: Path) -> None:
+    for index in ({"weight_map": {"a": 5}}, {"weight_map": []}, [], {}):
+        (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(copy, ExportError, "5 is missing|cannot be read|no tensors|missing")
+
+
+def test_words_are_checked_before_anything_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgfast.export.plan.locate", None)
+    with pytest.raises(ExportError, match="int3 does not fit"):
+        export("someone/paligemma", tmp_path / "out", ExportOptions("int3"))
+
+
+def test_folders_made_for_a_failed_export_go_with_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(build, "write_weights", fail)
+    with pytest.raises(ExportError, match="Input/output error"):
+        export(str(copy), copy.parent / "a" / "b" / "out", ExportOptions())
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
 def test_a_pickle_checkpoint_comes_with_the_command_that_converts_it(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     refused(copy, ExportError, r"pytorch_model\.bin is a pickle.*save_pretrained")
@@ -263,6 +285,11 @@ def test_every_published_shape_is_taken(model: str) -> None:
         assert choose(precision, None, target, config.text).storage.block in (16, 32)
 
 
+WRONG_KIND = (
+    r"resample|image_mean|gemma|max_position|rope_param|tie_word|bos_token_id|token id|head_dim|num_channels|image section"
+)
+
+
 @pytest.mark.parametrize(
     ("file", "change"),
     [
@@ -274,11 +301,17 @@ def test_every_published_shape_is_taken(model: str) -> None:
         ("config.json", lambda raw: raw["text_config"].update(rope_parameters=[1])),
         ("config.json", lambda raw: raw.update(tie_word_embeddings="false")),
         ("config.json", lambda raw: raw.update(bos_token_id=True)),
+        ("config.json", lambda raw: raw.update(eos_token_id=-1)),
+        ("config.json", lambda raw: raw["text_config"].update(num_hidden_layers=16_000_000)),
+        ("config.json", lambda raw: raw["text_config"].update(head_dim=4_000_000)),
+        ("config.json", lambda raw: raw["text_config"].update(head_dim=15)),
+        ("config.json", lambda raw: raw["vision_config"].update(num_channels=1)),
+        ("preprocessor_config.json", lambda raw: raw.update(image_std=[0, 0, 0])),
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(copy: Path, file: str, change: Callable[[Any], object]) -> None:
     edit_json(copy / file, change)
-    refused(copy, ExportError, r"resample|image_mean|gemma|max_position|rope_parameters|tie_word|bos_token_id")
+    refused(copy, ExportError, WRONG_KIND)
 
 
 def test_files_that_are_no_json_objects_are_refused(copy: Path) -> None:
@@ -397,6 +430,6 @@ def test_verification_on_given_pictures_and_questions(copy: Path, tmp_path: Path
     with pytest.raises(ExportError, match="cannot be read"):
         export(str(copy), tmp_path / "other", ExportOptions(verify_data=tmp_path / "nowhere"))
     data.write_text('{"image": "gone.png", "question": "what"}')
-    with pytest.raises(PgfastError, match="does not exist"):
+    with pytest.raises(ExportError, match=r"line 1: .*gone\.png does not exist"):
         export(str(copy), tmp_path / "other", ExportOptions(verify_data=data))
     assert not (tmp_path / "other").exists()

@@ -209,6 +209,73 @@ def test_bf16_graphs_are_whole_and_cannot_be_verified_here(
         export(str(checkpoint), tmp_path / "verified", ExportOptions("bf16", "cuda", verify=True))
 
 
+@pytest.mark.parametrize(
+    ("precision", "target"), [("int8", "tensorrt"), ("int4", "tensorrt"), ("int8", "cuda"), ("int4", "cuda")]
+)
+def test_weights_that_dequantize_beyond_fp16_are_refused(precision: str, target: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape(hidden=64, intermediate=96))
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["language_model.model.layers.0.mlp.gate_proj.weight"][0, 0] = 1e5
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(ExportError, match=r"layers\.0\.mlp\.gate\.weight holds values beyond fp16"):
+        export(str(checkpoint), tmp_path / "out", ExportOptions(precision, target))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_blocks_without_the_runtimes_fusion_give_the_same(precision: str, tmp_path: Path) -> None:
+    """DequantizeLinear itself: with its optimizations ONNX Runtime replaces it by a kernel of another rounding."""
+    import onnxruntime
+
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape(hidden=64, intermediate=96, head_dim=32))
+    export(str(checkpoint), tmp_path / "out", ExportOptions(precision, "tensorrt"))
+    reference = TransformersReference(rounded_checkpoint(checkpoint, tmp_path / "out", tmp_path / "rounded"))
+    opened, model = open_model(tmp_path / "out")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = str(opened.path("decoder.onnx"))
+    model._sessions["decoder", None] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    pixels = random_pixels(0, 32)
+    model.decoder.prompt(model.encode(pixels), [PROMPT])
+    assert relative_error(model.decoder.logits[0], reference.logits(pixels, PROMPT)) < 5e-3
+
+
+@pytest.mark.parametrize(("precision", "vision"), [("fp32", "int8"), ("fp32", "fp16"), ("int8", "fp32")])
+def test_mixed_precisions_verify_by_the_coarser_part(precision: str, vision: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape(hidden=64, intermediate=96, vision_hidden=64))
+    manifest = export(str(checkpoint), tmp_path / "out", ExportOptions(precision, "cpu", vision, verify=True))
+    assert manifest.parity is not None
+    assert manifest.parity["threshold"] == (0.1 if "int8" in (precision, vision) else 1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_progress_ends_at_the_total(precision: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape(hidden=64, intermediate=96, vision_hidden=64))
+    calls: list[tuple[int, int]] = []
+    export(str(checkpoint), tmp_path / "out", ExportOptions(precision), lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1]
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_processors_without_vnni_get_the_kernel_that_does_not_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pgfast.runtime import session
+
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape(hidden=64, intermediate=96, vision_hidden=64))
+    export(str(checkpoint), tmp_path / "out", ExportOptions("int8"))
+    pixels, logits = random_pixels(0, 32), []
+    for vnni in (True, False):
+        monkeypatch.setattr(session, "has_vnni", lambda vnni=vnni: vnni)
+        _, model = open_model(tmp_path / "out")
+        options = model._sessions["decoder", None].get_session_options()
+        if vnni:
+            with pytest.raises(RuntimeError, match="x64quantprecision"):
+                options.get_session_config_entry("session.x64quantprecision")
+        else:
+            assert options.get_session_config_entry("session.x64quantprecision") == "1"
+        model.decoder.prompt(model.encode(pixels), [PROMPT])
+        logits.append(model.decoder.logits.copy())
+    assert relative_error(logits[1], logits[0]) < 1e-5
+
+
 def test_the_manifest_says_the_precision_of_each_part(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape(hidden=64, intermediate=96, vision_hidden=64))
     export(str(checkpoint), tmp_path / "out", ExportOptions("int4", "cpu"))
