@@ -199,9 +199,7 @@ class Engine:
     def _generate(self, requests: list[_Request], options: GenerateOptions, spent: tuple[float, float, float]) -> list[Answer]:
         start, preprocess, vision = spent
         clock = generation.Clock()
-        rows: list[generation.Row] = []
-        for rows in self._loop(self._model.decoder, requests, options, clock):  # noqa: B007 (the last value is wanted)
-            pass
+        *_, rows = self._loop(self._model.decoder, requests, options, clock)  # the rows after the last token
         timings = Timings(
             preprocess=preprocess,
             vision=vision,

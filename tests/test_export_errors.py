@@ -16,12 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Shape, make_checkpoint
-from pgfast.bench.synth import MODELS, config_of
 from pgfast.export import build
 from pgfast.export.build import export
-from pgfast.export.config import TEXT_DEFAULTS, VISION_DEFAULTS, parse_config
-from pgfast.export.plan import ExportOptions, check_window
-from pgfast.export.precision import choose
+from pgfast.export.plan import ExportOptions
 from safetensors.numpy import load_file, save_file
 
 import pgfast
@@ -273,18 +270,6 @@ def test_a_sliding_window_shorter_than_an_answer_is_refused(tmp_path: Path) -> N
     refused(folder, ExportError, "sliding_window 8")
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_published_shape_is_taken(model: str) -> None:
-    """PaliGemma 1 and 2 at 224, 448 and 896 pixels; 896 is beyond Gemma 2's window, which is not the model's."""
-    config = parse_config(config_of(model))
-    size = int(model.rsplit("-", 1)[1])
-    assert config.vision.num_image_tokens == (size // 14) ** 2
-    check_window(config.text.sliding_window, config.vision.num_image_tokens + 256)
-    assert config.text.model_type == ("gemma2" if model.startswith("2-") else "gemma")
-    for precision, target in (("int4", "cpu"), ("int8", "cpu"), ("int4", "cuda"), ("int4", "tensorrt"), ("bf16", "cuda")):
-        assert choose(precision, None, target, config.text).storage.block in (16, 32)
-
-
 WRONG_KIND = (
     r"resample|image_mean|gemma|max_position|rope_param|tie_word|bos_token_id|token id|head_dim|num_channels|image section"
 )
@@ -349,64 +334,6 @@ def test_verification_fails_when_logits_are_not_finite(copy: Path) -> None:
 def test_verification_fails_above_the_threshold(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgfast.export.verify.THRESHOLDS", {"fp32": 1e-12})
     refused(copy, ExportError, "differs from its checkpoint", verify=True)
-
-
-def test_defaults_are_those_of_transformers() -> None:
-    from transformers import Gemma2Config, GemmaConfig, SiglipVisionConfig
-
-    gemma, gemma2 = TEXT_DEFAULTS["gemma"], TEXT_DEFAULTS["gemma2"]
-    for ours, theirs in ((VISION_DEFAULTS, SiglipVisionConfig()), (gemma, GemmaConfig()), (gemma2, Gemma2Config())):
-        for key, value in ours.items():
-            assert key == "layer_types" or getattr(theirs, key) == value, key
-
-
-PUBLISHED = {
-    "_name_or_path": "final-hf/paligemma-3b-pt-224-main",
-    "architectures": ["PaliGemmaForConditionalGeneration"],
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "hidden_size": 2048,
-    "ignore_index": -100,
-    "image_token_index": 257152,
-    "model_type": "paligemma",
-    "pad_token_id": 0,
-    "projection_dim": 2048,
-    "text_config": {
-        "hidden_size": 2048,
-        "intermediate_size": 16384,
-        "model_type": "gemma",
-        "num_attention_heads": 8,
-        "num_hidden_layers": 18,
-        "num_image_tokens": 256,
-        "num_key_value_heads": 1,
-        "torch_dtype": "float32",
-        "vocab_size": 257216,
-    },
-    "torch_dtype": "float32",
-    "transformers_version": "4.41.0.dev0",
-    "vision_config": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "num_image_tokens": 256,
-        "patch_size": 14,
-        "projection_dim": 2048,
-        "projector_hidden_act": "gelu_fast",
-        "vision_use_head": False,
-    },
-}
-"""config.json as Google published it with paligemma-3b-pt-224."""
-
-
-def test_the_published_config_gives_the_published_dimensions() -> None:
-    config = parse_config(PUBLISHED)
-    assert config.vision.num_image_tokens == 256
-    assert (config.vision.image_size, config.vision.patch_dim) == (224, 588)
-    assert (config.text.head_dim, config.text.max_position_embeddings, config.text.rope_theta) == (256, 8192, 10000.0)
-    assert config.text.tied
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id) == (2, 1, 0, 257152)
 
 
 def test_verification_on_given_pictures_and_questions(copy: Path, tmp_path: Path) -> None:
