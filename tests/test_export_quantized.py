@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import Shape, make_checkpoint, open_model, random_pixels
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from pgfast.export.build import export
 from pgfast.export.plan import ExportOptions
 from pgfast.export.storage import Kind, Storage, quantize_blocks, quantize_rows
@@ -256,24 +257,20 @@ def test_progress_ends_at_the_total(precision: str, tmp_path: Path) -> None:
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
-def test_processors_without_vnni_get_the_kernel_that_does_not_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pgfast.runtime import session
-
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape(hidden=64, intermediate=96, vision_hidden=64))
-    export(str(checkpoint), tmp_path / "out", ExportOptions("int8"))
-    pixels, logits = random_pixels(0, 32), []
-    for vnni in (True, False):
-        monkeypatch.setattr(session, "has_vnni", lambda vnni=vnni: vnni)
-        _, model = open_model(tmp_path / "out")
-        options = model._sessions["decoder", None].get_session_options()
-        if vnni:
-            with pytest.raises(RuntimeError, match="x64quantprecision"):
-                options.get_session_config_entry("session.x64quantprecision")
-        else:
-            assert options.get_session_config_entry("session.x64quantprecision") == "1"
-        model.decoder.prompt(model.encode(pixels), [PROMPT])
-        logits.append(model.decoder.logits.copy())
-    assert relative_error(logits[1], logits[0]) < 1e-5
+def test_the_largest_products_do_not_saturate() -> None:
+    """x86 without VNNI adds two products of bytes in 16 bits."""
+    q, scale = quantize_rows(np.array([[1.0], [-1.0]], dtype=np.float32).repeat(64, axis=1))  # [N, K], as large as they get
+    constants = {"b": q.T.copy(), "one": np.array(1, np.float32), "b_scale": scale, "zero": np.array(128, np.uint8)}
+    nodes = [helper.make_node("MatMulIntegerToFloat", ["a", *constants], ["y"], domain="com.microsoft")]
+    inputs = [helper.make_tensor_value_info("a", TensorProto.UINT8, ["R", 64])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "product", inputs, outputs, initializers)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"a": np.full((3, 64), 255, dtype=np.uint8)})
+    np.testing.assert_allclose(y, np.broadcast_to([127.0 * 64, -127.0 * 64], (3, 2)), rtol=1e-6)
 
 
 def test_the_manifest_says_the_precision_of_each_part(tmp_path: Path) -> None:

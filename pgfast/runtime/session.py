@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,9 @@ def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | 
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = min(threads, 1024)
-    if target.name == "cpu" and not has_vnni():
-        # uint8 x int8 products saturate at 16 bits on older x86; this takes a slower kernel that does not
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    if target.name == "cpu":
+        # each session has threads of its own, and those of the one that has just run would spin on the other's cores
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if target.static_shapes:
         target.cache_dir.mkdir(parents=True, exist_ok=True)
     providers = target.ort_providers(shapes, _session_name(path, shapes))
@@ -53,18 +51,6 @@ def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | 
         raise ProviderError(f"{target.name} could not be started for {path.name}: 'pgfast doctor' says what is missing")
     _check_interface(path, spec, session)
     return session
-
-
-@functools.cache
-def has_vnni() -> bool:
-    """Whether this processor adds products of bytes in 32 bits; only x86 without VNNI does not."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
 def failure(what: str, target: Target, error: BaseException) -> PgfastError:
