@@ -38,6 +38,11 @@ from pgfast.errors import MissingDependencyError
     metavar="X.Y",
     help="Build TensorRT-RTX engines for it; may be repeated [default: 8.6, 8.9, 12.0].",
 )
+@click.option(
+    "--block-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Weights that share a scale, with int8 and int4: larger is smaller and faster, and less exact [default: 32].",
+)
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter of PEFT.")
 def export(
     checkpoint: str,
@@ -50,6 +55,7 @@ def export(
     verify: bool,
     verify_data: Path | None,
     compute_capability: tuple[str, ...],
+    block_size: str | None,
     adapter: Path | None,
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
@@ -59,9 +65,19 @@ def export(
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
     template = PROMPTS["answer"] if answer_template is None else answer_template
-    options = ExportOptions(precision, target, vision_precision, template, verify, verify_data, compute_capability, adapter)
+    options = ExportOptions(
+        precision,
+        target,
+        vision_precision,
+        template,
+        verify,
+        verify_data,
+        compute_capability,
+        adapter,
+        int(block_size) if block_size else None,
+    )
     if layout == "transformers.js":
-        if verify or verify_data or answer_template or vision_precision or compute_capability or target != "cpu":
+        if verify or verify_data or answer_template or vision_precision or compute_capability or block_size or target != "cpu":
             raise click.UsageError("of all other options --layout transformers.js takes only --precision and --adapter")
         from .transformersjs import export_transformersjs
 

@@ -51,6 +51,8 @@ class ExportOptions:
     """GPUs to build engines for, for example 8.9; none: the usual ones. Only target tensorrt-rtx has engines."""
     adapter: Path | None = None
     """Folder of a PEFT LoRA adapter to merge."""
+    block_size: int | None = None
+    """Weights of a quantized matrix that share a scale; None: 32. More is smaller and faster, and less exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
     }
     weights.check_weights(tensors, [row for group in rows.values() for row in group], tied=config.text.tied)
     _check_tokenizer(source.path, config, options)
-    precision = choose(options.precision, options.vision_precision, options.target, config.text)
+    precision = choose(options.precision, options.vision_precision, options.target, config.text, options.block_size)
     manifest = _manifest(config, options, source, precision)
     check_window(config.text.sliding_window, manifest.cache_length)
     p, dialect = precision, DIALECT_OF[options.target]

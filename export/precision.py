@@ -57,7 +57,9 @@ def check_words(precision: str, vision_precision: str | None, target: str) -> st
     return vision
 
 
-def choose(precision: str, vision_precision: str | None, target: str, text: TextConfig) -> Precision:
+def choose(
+    precision: str, vision_precision: str | None, target: str, text: TextConfig, block_size: int | None = None
+) -> Precision:
     """Resolve the user's words.
 
     Args:
@@ -66,6 +68,7 @@ def choose(precision: str, vision_precision: str | None, target: str, text: Text
             else the decoder's.
         target: cpu, cuda or tensorrt.
         text: The decoder; the widths of its matrices must divide into blocks.
+        block_size: Weights that share a scale; None: 32, or 16 where the widths ask for it.
 
     Raises:
         ExportError: The combination does not exist; the message lists what does.
@@ -75,6 +78,8 @@ def choose(precision: str, vision_precision: str | None, target: str, text: Text
     vision_dtype = ir.DataType.FLOAT if vision == "int8" else FLOATS[vision]
     vision_storage = Storage(Kind.DYNAMIC) if vision == "int8" else PLAIN
     if not quantized:
+        if block_size is not None:
+            raise ExportError(f"{precision} has no blocks: a block size goes with int8 or int4")
         return Precision(FLOATS[precision], PLAIN, PLAIN, vision, vision_dtype, vision_storage)
     bits = _BITS[precision]
     widths = {
@@ -84,7 +89,7 @@ def choose(precision: str, vision_precision: str | None, target: str, text: Text
     }
     if (precision, target) == ("int8", "cpu"):  # only the table is in blocks
         widths = {"hidden_size": text.hidden_size}
-    block = 32 if all(width % 32 == 0 for width in widths.values()) else 16
+    block = block_size or (32 if all(width % 32 == 0 for width in widths.values()) else 16)
     for name, width in widths.items():
         if width % block:
             raise ExportError(f"{name} {width} does not divide into blocks of {block}: {precision} is not possible")

@@ -75,16 +75,17 @@ def dequantized(path: Path) -> dict[str, np.ndarray]:
     """Read the matrices back out of a graph, as float32 [out, in], by the layouts' definitions in the operators' docs."""
     model = onnx.load(path)
     initializers: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
+    block = next((a.i for node in model.graph.node for a in node.attribute if a.name == "block_size"), 0)
     matrices = {}
     for name, tensor in initializers.items():
         if f"{name}_scale" not in initializers:
             continue
         q = numpy_helper.to_array(tensor)
         scale = numpy_helper.to_array(initializers[f"{name}_scale"]).astype(np.float32)
-        if tensor.data_type == onnx.TensorProto.UINT8:  # MatMulNBits: blocks of 32 along the inputs, zero point in the middle
-            bits = q.size * 8 // (scale.size * 32)
+        if tensor.data_type == onnx.TensorProto.UINT8:  # MatMulNBits: blocks along the inputs, zero point in the middle
+            bits = q.size * 8 // (scale.size * block)
             values = q if bits == 8 else np.stack([q & 15, q >> 4], axis=-1)
-            values = values.reshape(len(q), scale.shape[1], 32).astype(np.float32) - (1 << (bits - 1))
+            values = values.reshape(len(q), scale.shape[1], block).astype(np.float32) - (1 << (bits - 1))
             matrices[name] = (values * scale[..., None]).reshape(len(q), -1)
         elif scale.ndim == 1:  # a scale per output
             matrices[name] = (q.astype(np.float32) * scale).T
@@ -127,20 +128,21 @@ def rounded_checkpoint(checkpoint: Path, bundle: Path, out: Path) -> Path:
 
 
 # what is left of the error once the weights are the same: activations in 8 bits
-CASES = [("cpu", "int8", 0.05), ("cpu", "int4", 0.05), ("cuda", "int8", 0.05), ("cuda", "int4", 0.05)]
+CASES = [("cpu", "int8", None, 0.05), ("cpu", "int4", None, 0.05), ("cpu", "int4", 64, 0.05)]
+CASES += [("cuda", "int8", None, 0.05), ("cuda", "int4", None, 0.05), ("cuda", "int8", 64, 0.05)]
 # (ONNX Runtime fuses DequantizeLinear and MatMul into a kernel with 8-bit activations, too)
-CASES += [("tensorrt", "int8", 0.02), ("tensorrt", "int4", 0.02)]
+CASES += [("tensorrt", "int8", None, 0.02), ("tensorrt", "int4", None, 0.02), ("tensorrt", "int4", 64, 0.02)]
 
 
-@pytest.mark.parametrize(("target", "precision", "tolerance"), CASES)
+@pytest.mark.parametrize(("target", "precision", "block", "tolerance"), CASES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_graph_computes_what_its_rounded_weights_say(
-    target: str, precision: str, tolerance: float, tied: bool, tmp_path: Path
+    target: str, precision: str, block: int | None, tolerance: float, tied: bool, tmp_path: Path
 ) -> None:
-    shape = Shape(hidden=64, intermediate=96, vision_hidden=64, head_dim=32, tied=tied, gemma2=not tied)
+    shape = Shape(hidden=64, intermediate=192, vision_hidden=64, head_dim=32, tied=tied, gemma2=not tied)
     checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
     bundle = tmp_path / "bundle"
-    export(str(checkpoint), bundle, ExportOptions(precision, target))
+    export(str(checkpoint), bundle, ExportOptions(precision, target, block_size=block))
     reference = TransformersReference(rounded_checkpoint(checkpoint, bundle, tmp_path / "rounded"))
     unrounded = TransformersReference(checkpoint)
     _, model = open_model(bundle)
@@ -178,6 +180,8 @@ def test_the_tied_table_is_stored_once(tmp_path: Path) -> None:
         (ExportOptions("fp32", "cpu", "int4"), "vision precision int4 does not fit target cpu"),
         (ExportOptions("fp12", "cpu"), "choose one of fp32, fp16, int8, int4"),
         (ExportOptions("fp32", "tpu"), "unknown target 'tpu'"),
+        (ExportOptions("fp32", "cpu", block_size=64), "fp32 has no blocks"),
+        (ExportOptions("int4", "cpu", block_size=64), "hidden_size 48 does not divide into blocks of 64"),
     ],
 )
 def test_combinations_that_do_not_exist_say_which_do(
