@@ -64,14 +64,14 @@ def generate(
     # a generator per row: the same seed gives the same text in any batch
     rngs = [np.random.default_rng(options.seed) for _ in rows]
     clock.start = time.perf_counter()
-    decoder.prompt(image_features, prompts)
+    chosen = decoder.prompt(image_features, prompts)
     for count in range(1, max_new_tokens + 1):
         # 1) Choose: greedy reads two numbers per row, sampling needs the logits.
         logprobs: NDArray[Any]
         if options.temperature > 0:
-            tokens, logprobs = _sample_rows(decoder.logits, options, rngs)
+            tokens, logprobs = _sample_rows(_logits(decoder, len(rows)), options, rngs)
         else:
-            tokens, logprobs = decoder.next_token.copy(), decoder.next_token_logprob
+            tokens, logprobs = chosen.tokens[0], chosen.logprobs[0]
         if count == 1:
             clock.first_token = time.perf_counter()
         # 2) Record, row by row; finished rows are computed along and ignored.
@@ -89,7 +89,11 @@ def generate(
         if all(row.finish_reason is not None for row in rows):
             return
         # 3) One position per run; the cache stays where it is.
-        decoder.step(tokens if options.temperature > 0 else None)
+        chosen = decoder.step(len(rows), tokens if options.temperature > 0 else None)
+
+
+def _logits(decoder: Decoder, rows: int) -> NDArray[np.float32]:
+    return np.stack([decoder.logits(row) for row in range(rows)])  # [B, V]
 
 
 def _sample_rows(
@@ -119,10 +123,10 @@ def score_choices(
     longest = max(map(len, choices))
     scores: list[list[float]] = [[] for _ in choices]
     for position in range(longest):
-        logprobs = log_softmax(decoder.logits)  # [B, V]
+        logprobs = log_softmax(_logits(decoder, batch))  # [B, V]
         for row, ids in enumerate(choices):
             if position < len(ids):
                 scores[row].append(float(logprobs[row, ids[position]]))
         if position + 1 < longest:
-            decoder.step(np.array([ids[min(position, len(ids) - 1)] for ids in choices], dtype=np.int64))
+            decoder.step(batch, np.array([ids[min(position, len(ids) - 1)] for ids in choices], dtype=np.int64))
     return scores

@@ -9,10 +9,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgfast.bundle import Bundle
+from pgfast.manifest import Manifest
 
 from .decoder import Decoder
 from .providers import Shapes, Target
 from .session import failure, open_session
+
+CPU_SLOTS, GPU_SLOTS = 16, 32
+"""Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
+GPU_CACHE_BYTES = 2**30
+"""On a GPU slots are memory from the start, so large pictures get fewer."""
+
+
+def slots_of(manifest: Manifest, target: Target) -> int:
+    """Return how many sequences of this bundle decode together, a power of two.
+
+    On the CPU untouched slots cost no memory, so there is nothing to grow later.
+    """
+    if target.name == "cpu":
+        return CPU_SLOTS
+    d, size = manifest.dimensions, 4 if manifest.cache_type == "float32" else 2
+    slot = 2 * d.num_hidden_layers * d.num_key_value_heads * manifest.cache_length * d.head_dim * size
+    fitting = max(1, GPU_CACHE_BYTES // slot)
+    return min(GPU_SLOTS, 1 << (fitting.bit_length() - 1))
 
 
 class Model:
@@ -43,7 +62,8 @@ class Model:
 
     def new_decoder(self) -> Decoder:
         """Return a decoder with a cache of its own, for a generation that others may interrupt."""
-        return Decoder(self._bundle.manifest, self._target, lambda shapes: self._session("decoder", shapes))
+        manifest, target = self._bundle.manifest, self._target
+        return Decoder(manifest, target, lambda shapes: self._session("decoder", shapes), slots_of(manifest, target))
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
