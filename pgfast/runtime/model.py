@@ -17,6 +17,8 @@ from .session import failure, open_session
 
 CPU_SLOTS, GPU_SLOTS = 16, 32
 """Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
+TOGETHER = 8
+"""Pictures or prompts per run on CUDA. On the CPU one alone keeps all cores busy; with fixed shapes more would be engines."""
 GPU_CACHE_BYTES = 2**30
 """On a GPU slots are memory from the start, so large pictures get fewer."""
 
@@ -58,12 +60,10 @@ class Model:
         else:
             self._session("vision_encoder", None)
             self._session("decoder", None)
-        self.decoder = self.new_decoder()
-
-    def new_decoder(self) -> Decoder:
-        """Return a decoder with a cache of its own, for a generation that others may interrupt."""
-        manifest, target = self._bundle.manifest, self._target
-        return Decoder(manifest, target, lambda shapes: self._session("decoder", shapes), slots_of(manifest, target))
+        slots = slots_of(bundle.manifest, target)
+        self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
+        self.together = TOGETHER if target.name == "cuda" else 1
+        """Pictures, and prompts, that may share a run."""
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
