@@ -17,8 +17,9 @@ from .session import failure, open_session
 
 CPU_SLOTS, GPU_SLOTS = 16, 32
 """Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
-TOGETHER = 8
-"""Pictures or prompts per run on CUDA. On the CPU one alone keeps all cores busy; with fixed shapes more would be engines."""
+TOGETHER = 4
+"""Pictures, and prompts, of one batch that share a run: small models gain, and large ones, where arithmetic is the limit,
+lose nothing. With fixed shapes it is 1, because every number would be an engine of its own."""
 GPU_CACHE_BYTES = 2**30
 """On a GPU slots are memory from the start, so large pictures get fewer."""
 
@@ -62,8 +63,8 @@ class Model:
             self._session("decoder", None)
         slots = slots_of(bundle.manifest, target)
         self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
-        self.together = TOGETHER if target.name == "cuda" else 1
-        """Pictures, and prompts, that may share a run."""
+        self.together = 1 if target.static_shapes else TOGETHER
+        """Pictures, and prompts, of one batch that may share a run."""
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from itertools import islice, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,7 +112,8 @@ class Scheduler:
     Args:
         decoder: Owned by the thread from now on.
         max_waiting: Refuse requests when so many wait for a slot; None: never.
-        together: Newcomers whose prompts may share a run. Where arithmetic limits a prompt (CPU), sharing makes none faster.
+        together: Patient newcomers whose prompts may share a run. For the others that would only be fair if two prompts
+            took no longer than one, and arithmetic limits a prompt.
         max_burst: Steps that may run without a look at their tokens, when nobody could join or leave meanwhile.
     """
 
@@ -213,20 +215,22 @@ class Scheduler:
                 self._leave(slot, ticket, _cancelled())
 
     def _admit(self) -> None:
-        """Run the prompts of newcomers: one run between two steps, more only while nobody minds."""
+        """Run the prompts of newcomers: one between two steps, more only while nobody minds."""
         while True:
             first, room = self._free_slots()
             with self._changed:
-                count = min(room, self._together, len(self._waiting))
+                patient = takewhile(lambda ticket: ticket.patient, islice(self._waiting, min(room, self._together)))
+                count = max(len(list(patient)), 1) if self._waiting and room else 0
                 newcomers = {first + i: self._waiting.popleft() for i in range(count)}
                 self._running |= newcomers  # under the lock: a ticket is always in one of the two
             if not newcomers:
                 return
-            features, prompts = [t.image_features for t in newcomers.values()], [t.prompt for t in newcomers.values()]
+            features = np.concatenate([ticket.image_features for ticket in newcomers.values()])  # [B, P, D]
+            prompts = [ticket.prompt for ticket in newcomers.values()]
             for ticket in newcomers.values():
                 ticket.start()
             begun = time.perf_counter()
-            chosen = self.decoder.prompt(np.concatenate(features), prompts, first)  # type: ignore[arg-type]
+            chosen = self.decoder.prompt(features, prompts, first)
             now = time.perf_counter()
             for (slot, ticket), token, logprob in zip(
                 newcomers.items(), chosen.tokens[0].tolist(), chosen.logprobs[0].tolist(), strict=True
