@@ -46,7 +46,7 @@ class PictureEncoder:
         """
         start = time.perf_counter()
         recent = {} if recent is None else recent
-        known = {id(image): recent.pop(id(image), image) for image in images}
+        known = {id(image): recent.get(id(image), image) for image in images}
         found = {key: image for key, image in known.items() if isinstance(image, EncodedImage) and self._own(image)}
         opened = {key: open_image(image) for key, image in known.items() if not isinstance(image, EncodedImage)}
         preprocess = vision = 0.0
@@ -57,7 +57,9 @@ class PictureEncoder:
             preprocess, vision = prepared - start, time.perf_counter() - prepared
             for i, (key, picture) in enumerate(opened.items()):
                 found[key] = EncodedImage(features[i : i + 1], picture.width, picture.height, self._bundle_id)
-        recent |= found
+        for key, encoded in found.items():  # to the end of the line
+            recent.pop(key, None)
+            recent[key] = encoded
         for key in list(recent)[:-RECENT]:
             del recent[key]
         return [found[id(image)] for image in images], (preprocess, vision)
