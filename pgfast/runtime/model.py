@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pgfast.manifest import Manifest
 from .decoder import Decoder
 from .providers import Shapes, Target
 from .session import failure, open_session
+from .turns import Turns
 
 CPU_SLOTS, GPU_SLOTS = 16, 32
 """Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
@@ -54,6 +56,10 @@ class Model:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
+        self.turns: AbstractContextManager[Any] = Turns() if target.name == "cpu" else nullcontext()
+        """To be held for a run of either graph. On the CPU each has threads for all cores: at the same time both are slower
+        than one after the other."""
+        self._picture = threading.Lock()  # one asks for a turn at a time, so that the decoder has every second one
         # what does not load or run here should fail now, not at the first question
         if target.static_shapes:
             size = bundle.manifest.image.size
@@ -71,7 +77,8 @@ class Model:
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:
-            features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
+            with self._picture, self.turns:
+                features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
         except Exception as error:
             raise failure("the vision encoder fails", self._target, error) from error
         return features
