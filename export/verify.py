@@ -228,7 +228,7 @@ def _compare(
     decoder.prompt(model.encode(pixels), [prompt])
     generated: list[int] = []
     for number in range(min(NEW_TOKENS, m.limits.new_tokens)):
-        wanted, ours = reference.logits(pixels, prompt, generated), decoder.logits[0]
+        wanted, ours = reference.logits(pixels, prompt, generated), decoder.logits(0)
         token = int(wanted.argmax())
         yield _Position(
             error=relative_error(ours, wanted),
@@ -240,7 +240,7 @@ def _compare(
         generated.append(token)
         if token == m.tokens.eos:
             return
-        decoder.step(np.array([token]))
+        decoder.step(1, np.array([token]))
 
 
 def _round(value: float) -> float:

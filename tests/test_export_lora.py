@@ -76,7 +76,7 @@ def check_merge(checkpoint: Path, adapter: Path) -> set[str]:
 def logits(bundle: Path) -> np.ndarray:
     opened, model = open_model(bundle)
     model.decoder.prompt(model.encode(random_pixels(0, opened.manifest.image.size)), [PROMPT])
-    return model.decoder.logits[0].copy()
+    return model.decoder.logits(0).copy()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["gemma", "gemma2"])

@@ -1,11 +1,15 @@
-"""The decoder graph with its key/value cache: one call for the prompt, one per further token.
+"""The decoder graph with its key/value cache: one call for a prompt, one per further token of all running rows.
 
-Shapes: B batch, P image tokens, S text tokens, T cache slots, D hidden size, V vocabulary.
+The cache is a fixed number of slots, one per sequence. Prompts run into any neighbouring slots while the others keep
+their place, so that a newcomer joins those that are decoding.
+
+Shapes: B rows of a run, P image tokens, S text tokens, K key/value heads, T cache positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,67 +17,69 @@ from numpy.typing import NDArray
 
 from pgfast.manifest import Manifest
 
+from .buffers import SlotBuffer
 from .providers import Shapes, Target, import_onnxruntime
 from .session import failure
 
 PROMPT_BUCKET = 16
 """Providers with fixed shapes get prompts padded to multiples of this many tokens."""
-BFLOAT16 = 16
-"""ONNX's number of a type that numpy lacks (TensorProto.DataType)."""
 SessionFor = Callable[[Shapes | None], Any]
 """Opens (or returns) the decoder session for these input shapes; None: any shape."""
 
 
-class Decoder:
-    """Prompt and decoding steps of one batch at a time.
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The most probable token after each run, row by row."""
 
-    The cache is allocated once per batch size and written in place: past and present are bound to the same tensors.
+    tokens: NDArray[np.int64]
+    """[burst, B]; a prompt is one run."""
+    logprobs: NDArray[np.float32]
+    """[burst, B]: natural log-probability of each under the full softmax."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepRun:
+    """What one more token for rows 0 to B-1 needs, prepared once per B."""
+
+    session: Any
+    binding: Any
+    positions: SlotBuffer
+    """int64 [2, B]: write_indices and kv_lengths, so that one copy updates both."""
+
+
+class Decoder:
+    """Slots of a cache, written in place: past and present are bound to the same memory.
 
     Args:
         manifest: Dimensions, limits and types.
         target: Where the session runs.
         session_for: Opens sessions.
+        slots: Sequences that fit at a time. Memory is taken at the first run.
     """
 
-    def __init__(self, manifest: Manifest, target: Target, session_for: SessionFor) -> None:
+    def __init__(self, manifest: Manifest, target: Target, session_for: SessionFor, slots: int = 1) -> None:
+        self.slots = slots
         self._ort = import_onnxruntime()
         self._manifest, self._target, self._session_for = manifest, target, session_for
         self._features_type = np.dtype(np.float16 if manifest.cache_type == "float16" else np.float32)
-        self._caches: dict[str, Any] = {}
-        self._outputs: dict[str, Any] = {}
-        self._batch = 0
-        self._lengths = np.zeros(0, dtype=np.int64)
-        self._step_binding: Any = None
-        self._step_inputs: dict[str, Any] = {}
-        self._step_session: Any = None
+        self._lengths = np.zeros(slots, dtype=np.int64)  # valid positions of each slot; 0: free
+        self._caches: dict[str, SlotBuffer] = {}
+        self._outputs: dict[str, SlotBuffer] = {}
+        self._prompts: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+        self._steps: dict[int, _StepRun] = {}
 
-    @property
-    def next_token(self) -> NDArray[np.int64]:
-        """[B]: the most probable token after the last run."""
-        tokens: NDArray[np.int64] = self._outputs["next_token"].numpy()[:, 0]
-        return tokens
-
-    @property
-    def next_token_logprob(self) -> NDArray[np.float32]:
-        """[B]: natural log-probability of `next_token` under the full softmax."""
-        logprobs: NDArray[np.float32] = self._outputs["next_token_logprob"].numpy()[:, 0]
-        return logprobs
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        """[B, V] float32 of each row's last valid position."""
-        logits: NDArray[np.float32] = self._outputs["logits"].numpy()
-        return logits
-
-    def prompt(self, image_features: NDArray[Any], prompts: list[list[int]]) -> None:
+    def prompt(self, image_features: NDArray[Any], prompts: list[list[int]], first: int = 0) -> Chosen:
         """Run whole prompts: image and text attend to each other in both directions, so this is one run.
 
         Args:
             image_features: [B, P, D].
             prompts: Ids of each row, `<bos>` to newline; rows may differ in length.
+            first: They fill slots `first` to `first + B - 1`; other slots stay as they are.
         """
         batch, num_image_tokens, _ = image_features.shape
-        self._allocate(batch)
+        assert batch == len(prompts)
+        assert 0 <= first <= self.slots - batch
+        self._allocate()
         width = max(map(len, prompts))
         if self._target.static_shapes:
             width = min(-(-width // PROMPT_BUCKET) * PROMPT_BUCKET, self._manifest.limits.prompt_tokens)
@@ -82,88 +88,124 @@ class Decoder:
             input_ids[row, : len(ids)] = ids
         lengths = np.array([num_image_tokens + len(ids) for ids in prompts], dtype=np.int64)
         inputs = {
-            "input_ids": self._on_device(input_ids),
-            "image_features": self._on_device(image_features.astype(self._features_type, copy=False)),
-            "write_indices": self._on_device(np.zeros(batch, dtype=np.int64)),
-            "kv_lengths": self._on_device(lengths),
+            "input_ids": input_ids,
+            "image_features": np.ascontiguousarray(image_features, self._features_type),
+            "write_indices": np.zeros(batch, dtype=np.int64),
+            "kv_lengths": lengths,
         }
-        self._run(*self._bind(inputs))
-        self._lengths = lengths
+        # bound once per place: with a hundred tensors that takes longer than a small model's run
+        place = (first, batch, width if self._target.static_shapes else 0)
+        if place not in self._prompts:
+            self._prompts[place] = self._bind({name: value.shape for name, value in inputs.items()}, first, batch)
+        session, binding = self._prompts[place]
+        values = {name: self._on_device(value) for name, value in inputs.items()}  # a binding alone does not keep them
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        self._run(session, binding)
+        self._lengths[first : first + batch] = lengths
+        tokens, logprobs = (self._outputs[name].read() for name in ("next_token", "next_token_logprob"))
+        # copies: the next run writes into the same memory
+        return Chosen(*(values[first : first + batch].T.copy() for values in (tokens, logprobs)))
 
-    def step(self, tokens: NDArray[np.int64] | None = None) -> None:
-        """Append one token to every row and run the decoder on it.
+    def step(self, rows: int, tokens: NDArray[np.int64] | None = None, burst: int = 1) -> Chosen:
+        """Append one token to slots 0 to rows-1 and run the decoder on them, `burst` times.
+
+        Free slots among them are computed along and stay free; slots from `rows` on must be free.
 
         Args:
-            tokens: int64 [B]; None feeds `next_token` back without a copy.
+            rows: How many slots.
+            tokens: int64 [rows], what the first run appends; None: the most probable tokens of the last run, which
+                are in place already. Later runs of a burst take those of the run before.
+            burst: How many runs. Every slot must have room for them.
         """
-        if self._step_binding is None:
-            no_image = np.zeros((self._batch, 0, self._manifest.dimensions.hidden_size), self._features_type)  # [B, 0, D]
-            self._step_inputs = {
-                "input_ids": self._outputs["next_token"],  # the same memory: greedy decoding feeds itself
-                "image_features": self._on_device(no_image),
-                "write_indices": self._on_device(self._lengths),
-                "kv_lengths": self._on_device(self._lengths + 1),
-            }
-            self._step_session, self._step_binding = self._bind(self._step_inputs)
-        else:
-            self._step_inputs["write_indices"].update_inplace(self._lengths)
-            self._step_inputs["kv_lengths"].update_inplace(self._lengths + 1)
+        run = self._step_run(rows)
         if tokens is not None:
-            self._outputs["next_token"].update_inplace(np.ascontiguousarray(tokens, dtype=np.int64)[:, None])
-        self._run(self._step_session, self._step_binding)
-        self._lengths = self._lengths + 1
+            self._outputs["next_token"].write(0, tokens[:, None])
+        chosen = Chosen(np.empty((burst, rows), np.int64), np.empty((burst, rows), np.float32))
+        lengths = self._lengths[: run.positions.shape(2)[1]]
+        for count in range(burst):
+            run.positions.write(0, np.stack([lengths, lengths + 1]))
+            self._run(run.session, run.binding)
+            lengths[lengths > 0] += 1
+            chosen.tokens[count] = self._outputs["next_token"].read()[:rows, 0]
+            chosen.logprobs[count] = self._outputs["next_token_logprob"].read()[:rows, 0]
+        return chosen
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """Return logits float32 [V] of a slot's last position; valid until the next run."""
+        logits: NDArray[np.float32] = self._outputs["logits"].read()[row]
+        return logits
+
+    def length(self, row: int) -> int:
+        """Return how many positions of a slot are valid; 0: it is free."""
+        return int(self._lengths[row])
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget a slot's positions from `length` on; the next tokens overwrite them."""
+        assert 0 <= length <= self._lengths[row]
+        self._lengths[row] = length
+
+    def release(self, row: int) -> None:
+        """Free a slot."""
+        self.rewind(row, 0)
 
     def _run(self, session: Any, binding: Any) -> None:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
-            self._batch, self._step_binding = 0, None  # whatever is in the cache now is of no use
+            self._lengths[:] = 0  # whatever is in the cache now is of no use
             raise failure("the decoder fails", self._target, error) from error
 
-    def _allocate(self, batch: int) -> None:
-        """Make the cache and the outputs for this many rows, unless they are there already."""
-        if batch == self._batch:
+    def _allocate(self) -> None:
+        if self._caches:
             return
-        d = self._manifest.dimensions
-        shape = (batch, d.num_key_value_heads, self._manifest.cache_length, d.head_dim)  # [B, K, T, H]
-        self._caches = {
-            f"{layer}.{part}": self._empty_cache(shape) for layer in range(d.num_hidden_layers) for part in ("key", "value")
+        d, slots = self._manifest.dimensions, self.slots
+        shape = (slots, d.num_key_value_heads, self._manifest.cache_length, d.head_dim)  # [slots, K, T, H]
+        dtype = None if self._manifest.cache_type == "bfloat16" else self._features_type
+        # zeros: a masked position still meets its value times zero, which must not be infinity times zero
+        caches = {
+            f"{layer}.{part}": SlotBuffer(self._target, shape, dtype)
+            for layer in range(d.num_hidden_layers)
+            for part in ("key", "value")
         }
         self._outputs = {
-            "logits": self._on_device(np.zeros((batch, d.vocab_size), np.float32)),
-            "next_token": self._on_device(np.zeros((batch, 1), np.int64)),
-            "next_token_logprob": self._on_device(np.zeros((batch, 1), np.float32)),
+            "logits": SlotBuffer(self._target, (slots, d.vocab_size), np.float32),
+            "next_token": SlotBuffer(self._target, (slots, 1), np.int64),
+            "next_token_logprob": SlotBuffer(self._target, (slots, 1), np.float32),
         }
-        self._batch, self._step_binding = batch, None
+        self._caches = caches
 
-    def _bind(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        """Bind inputs, outputs and the cache (past and present to the same memory)."""
-        shapes = None
+    def _step_run(self, rows: int) -> _StepRun:
+        """Return what a step of this many rows needs; cached, because between two tokens there is no time to prepare."""
+        if rows in self._steps:
+            return self._steps[rows]
+        batch = rows
+        if self._target.static_shapes:  # few shapes, because each is a session and an engine of its own
+            batch = min(1 << (rows - 1).bit_length(), self.slots)
+        no_image = np.zeros((batch, 0, self._manifest.dimensions.hidden_size), self._features_type)  # [B, 0, D]
+        positions = SlotBuffer(self._target, (2, batch), np.int64)
+        shapes = {"input_ids": (batch, 1), "image_features": no_image.shape, "write_indices": (batch,), "kv_lengths": (batch,)}
+        session, binding = self._bind(shapes, 0, batch)
+        # the same memory as the output: greedy decoding feeds itself
+        self._outputs["next_token"].bind_input(binding, "input_ids", 0, (batch, 1))
+        binding.bind_ortvalue_input("image_features", self._on_device(no_image))
+        positions.bind_input(binding, "write_indices", 0, (batch,))
+        positions.bind_input(binding, "kv_lengths", 1, (batch,))
+        self._steps[rows] = _StepRun(session, binding, positions)
+        return self._steps[rows]
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]], first: int, count: int) -> tuple[Any, Any]:
+        """Open a session and bind outputs and cache (past and present to the same memory) of some slots."""
         if self._target.static_shapes:
-            shapes = {name: value.shape() for name, value in inputs.items()}
-            shapes |= {f"past_key_values.{name}": value.shape() for name, value in self._caches.items()}
-        session = self._session_for(shapes)
+            shapes = shapes | {f"past_key_values.{name}": cache.shape(count) for name, cache in self._caches.items()}
+        session = self._session_for(shapes if self._target.static_shapes else None)
         binding = session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
         for name, value in self._outputs.items():
-            binding.bind_ortvalue_output(name, value)
-        for name, value in self._caches.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
+            value.bind_output(binding, name, first, value.shape(count))
+        for name, cache in self._caches.items():
+            cache.bind_input(binding, f"past_key_values.{name}", first, cache.shape(count))
+            cache.bind_output(binding, f"present.{name}", first, cache.shape(count))
         return session, binding
 
-    def _empty_cache(self, shape: tuple[int, ...]) -> Any:
-        """Zeros: a masked slot still meets its value times zero, which must not be infinity times zero."""
-        if self._manifest.cache_type != "bfloat16":
-            return self._on_device(np.zeros(shape, self._features_type))
-        zeros = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), BFLOAT16)
-        if self._target.device == "cpu":
-            return zeros
-        value = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self._target.device, self._target.device_id)
-        value.update_inplace(zeros)
-        return value
-
     def _on_device(self, array: NDArray[Any]) -> Any:
-        # a copy of its own on the CPU too, where an OrtValue would share numpy's memory
-        return self._ort.OrtValue.ortvalue_from_numpy(array.copy(), self._target.device, self._target.device_id)
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self._target.device, self._target.device_id)

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgfast.bundle import Bundle
+from pgfast.manifest import Manifest
 
 from .decoder import Decoder
 from .providers import Shapes, Target
 from .session import failure, open_session
+from .turns import Turns
+
+CPU_SLOTS, GPU_SLOTS = 16, 32
+"""Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
+TOGETHER = 4
+"""Pictures, and prompts, of one batch that share a run: small models gain, and large ones, where arithmetic is the limit,
+lose nothing. With fixed shapes it is 1, because every number would be an engine of its own."""
+GPU_CACHE_BYTES = 2**30
+"""On a GPU slots are memory from the start, so large pictures get fewer."""
+
+
+def slots_of(manifest: Manifest, target: Target) -> int:
+    """Return how many sequences of this bundle decode together, a power of two.
+
+    On the CPU untouched slots cost no memory, so there is nothing to grow later.
+    """
+    if target.name == "cpu":
+        return CPU_SLOTS
+    d, size = manifest.dimensions, 4 if manifest.cache_type == "float32" else 2
+    slot = 2 * d.num_hidden_layers * d.num_key_value_heads * manifest.cache_length * d.head_dim * size
+    fitting = max(1, GPU_CACHE_BYTES // slot)
+    return min(GPU_SLOTS, 1 << (fitting.bit_length() - 1))
 
 
 class Model:
@@ -32,6 +56,10 @@ class Model:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
+        self.turns: AbstractContextManager[Any] = Turns() if target.name == "cpu" else nullcontext()
+        """To be held for a run of either graph. On the CPU each has threads for all cores: at the same time both are slower
+        than one after the other."""
+        self._picture = threading.Lock()  # one asks for a turn at a time, so that the decoder has every second one
         # what does not load or run here should fail now, not at the first question
         if target.static_shapes:
             size = bundle.manifest.image.size
@@ -39,18 +67,18 @@ class Model:
         else:
             self._session("vision_encoder", None)
             self._session("decoder", None)
-        self.decoder = self.new_decoder()
-
-    def new_decoder(self) -> Decoder:
-        """Return a decoder with a cache of its own, for a generation that others may interrupt."""
-        return Decoder(self._bundle.manifest, self._target, lambda shapes: self._session("decoder", shapes))
+        slots = slots_of(bundle.manifest, target)
+        self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
+        self.together = 1 if target.static_shapes else TOGETHER
+        """Pictures, and prompts, of one batch that may share a run."""
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:
-            features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
+            with self._picture, self.turns:
+                features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
         except Exception as error:
             raise failure("the vision encoder fails", self._target, error) from error
         return features
