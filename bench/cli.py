@@ -64,9 +64,10 @@ def accuracy(bundles: tuple[str, ...], as_json: bool) -> None:
 
 
 @bench.command()
-@click.argument("checkpoint", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("checkpoint", required=False)
 @click.option("-b", "--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="Bundle; may be repeated.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option("--work", type=click.Path(path_type=Path), default="build/bench", show_default=True, help="For what NAME needs.")
 @click.option("--stock", type=click.Path(path_type=Path), help="fp32 export of CHECKPOINT with --layout transformers.js.")
 @click.option("--peer", "peers", multiple=True, help="Only these peers [default: all]; 'none' for none.")
 @click.option("--workload", "workloads", multiple=True, help="Only these workloads [default: all].")
@@ -76,17 +77,31 @@ def accuracy(bundles: tuple[str, ...], as_json: bool) -> None:
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores", help="For everybody.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt or tensorrt-rtx.")
 @click.option("--accuracy", "accuracy_file", type=click.Path(path_type=Path), help="Output of 'bench accuracy --json'.")
-def run(checkpoint: Path | None, out: Path, accuracy_file: Path | None, **words: Any) -> None:
-    """Compare the bundles with the peers of CHECKPOINT, interleaved; writes results.json and the report into OUT."""
+def run(checkpoint: str | None, out: Path, work: Path, accuracy_file: Path | None, **words: Any) -> None:
+    """Compare bundles with the peers, interleaved; writes results.json and the report into OUT.
+
+    CHECKPOINT is the folder that the bundles were exported from, for the peers. Or it is a name such as 3b-224: then a
+    checkpoint of that size with random weights, int8 and int4 bundles and the stock ONNX export are made under --work first
+    (25 GB for 3b-224), unless they are there.
+    """
     from .participants import PEERS, read_accuracy
+    from .prepare import prepare
     from .report import write_report
     from .run import Settings, measure
+    from .synth import MODELS
+
+    def say(line: str) -> None:
+        print(f"pgfast: {line}", file=sys.stderr)
 
     given = {name: value for name, value in words.items() if value not in ((), None)}
+    folder = Path(checkpoint) if checkpoint else None
+    if checkpoint in MODELS and not Path(checkpoint).is_dir():
+        folder, *made = prepare(checkpoint, work, ("int8", "int4"), say)
+        given = dict(zip(("bundles", "stock"), made, strict=True)) | given
     given["peers"] = () if words["peers"] == ("none",) else words["peers"] or tuple(PEERS)
-    settings = Settings(checkpoint=checkpoint, accuracy=read_accuracy(accuracy_file), **given)
+    settings = Settings(checkpoint=folder, accuracy=read_accuracy(accuracy_file), **given)
     out.mkdir(parents=True, exist_ok=True)
-    measure(settings, out / "results.json", lambda line: print(f"pgfast: {line}", file=sys.stderr))
+    measure(settings, out / "results.json", say)
     for path in write_report(out / "results.json", out):
         print(path)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -104,13 +106,23 @@ def _commit() -> str | None:
     return commit and commit + (" with changes" if _first_line(["git", "status", "--porcelain", "-uno"]) else "")
 
 
-def ceilings(threads: int, seconds: float = 1.5) -> dict[str, float]:
-    """Measure the best this machine does, with as many threads as the contenders have.
+def ceilings(threads: int, provider: str = "cpu") -> dict[str, float]:
+    """Measure the best this machine does, with as many threads as the contenders have, in a process of its own.
 
     Returns:
         `read_bytes` and `copy_bytes` per second of large arrays (a copy counts what it reads and writes), `fp32_flops` and
-        `int8_flops` per second of a matmul; what cannot be measured here is missing.
+        `int8_flops` per second of a matmul, `fp16_flops` on a GPU; what cannot be measured here is missing.
     """
+    command = [sys.executable, "-m", __name__, str(threads), provider]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(f"the ceilings cannot be measured: {done.stderr.strip()[-300:]}")
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
+
+
+def cpu_ceilings(threads: int, seconds: float = 1.5) -> dict[str, float]:
+    """The processor's, as in `ceilings`."""
     return _memory_speed(threads, seconds) | _matmuls(threads, seconds)
 
 
@@ -122,6 +134,34 @@ def _memory_speed(threads: int, seconds: float) -> dict[str, float]:
         read = _best(lambda: list(pool.map(np.max, parts)), seconds)
         copy = _best(lambda: list(pool.map(np.copyto, targets, parts)), seconds)
     return {"read_bytes": source.nbytes / read, "copy_bytes": 2 * source.nbytes / copy}
+
+
+def torch_ceilings(device: str, *, elements: int = 2**28, side: int = 8192, seconds: float = 1.5) -> dict[str, float]:
+    """A GPU's, as in `ceilings`: a copy of so many fp32 numbers and square fp32 and fp16 matmuls; {} without torch.
+
+    Args:
+        device: As torch calls it.
+        elements: Of the copied array.
+        side: Of the matrices.
+        seconds: For each measurement.
+    """
+    try:
+        import torch
+    except ImportError:
+        return {}
+    wait: Callable[[], object] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+
+    def timed(work: Callable[[], object]) -> float:
+        return _best(lambda: (work(), wait()), seconds)
+
+    copied = 8 * elements / timed(lambda: target.copy_(source))
+    result = {"copy_bytes": copied, "read_bytes": copied}
+    for name, dtype in (("fp32_flops", torch.float32), ("fp16_flops", torch.float16)):
+        a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+        result[name] = 2.0 * side**3 / timed(partial(torch.matmul, a, b))
+    return result
 
 
 def _matmuls(threads: int, seconds: float) -> dict[str, float]:
@@ -164,3 +204,8 @@ def _best(work: Callable[[], object], seconds: float) -> float:
         work()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+if __name__ == "__main__":
+    measured = cpu_ceilings(int(sys.argv[1])) if sys.argv[2] == "cpu" else torch_ceilings("cuda")
+    sys.stdout.write(json.dumps(measured))

@@ -34,7 +34,7 @@ PEERS = {
     "transformers fp32": Peer("transformers", "fp32", 2.1),
     "transformers bf16": Peer("transformers", "bf16", 1.1),
     "transformers bf16 compiled": Peer("transformers", "bf16-compiled", 1.1, gpu_only=True),
-    "onnx fp32": Peer("onnx", "fp32", 1.9),
+    "onnx fp32": Peer("onnx", "fp32", 1.1),
     "openvino fp32": Peer("openvino", "fp32", 1.9),
 }
 OVERHEAD = 5 * 10**8

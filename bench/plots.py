@@ -64,11 +64,11 @@ def _roofline(data: Data, figure: Any) -> bool:
         return False
     axes = figure.subplots()
     xs = [0.1, *(roof.flops / roof.bytes for roof in points), 3000.0]
-    for key, label in (("fp32_flops", "fp32 matmul"), ("int8_flops", "int8 matmul")):
+    for key, label in (("fp32_flops", "fp32 matmul"), ("fp16_flops", "fp16 matmul"), ("int8_flops", "int8 matmul")):
         if key in limits:
-            corner = limits[key] / limits["read_bytes"]
+            corner = limits[key] / limits["bandwidth"]
             line = [min(xs), corner, max(xs)]
-            axes.plot(line, [min(x * limits["read_bytes"], limits[key]) for x in line], label=f"{label} and memory reads")
+            axes.plot(line, [min(x * limits["bandwidth"], limits[key]) for x in line], label=f"{label} and memory reads")
     for roof in points:
         marker = "o" if roof.phase == "first token" else "^"
         color = OURS[0] if roof.contender.startswith("pgfast") else PEER[0]

@@ -75,7 +75,13 @@ def sections(data: Data) -> list[Section]:
 
 def _machine(data: Data) -> Section:
     m, s, limits = data["machine"], data["settings"], summary.ceilings(data)
-    units = {"read_bytes": "GB/s read", "copy_bytes": "GB/s copied", "fp32_flops": "GFLOP/s fp32", "int8_flops": "GOP/s int8"}
+    units = {
+        "read_bytes": "GB/s read",
+        "copy_bytes": "GB/s copied",
+        "fp32_flops": "GFLOP/s fp32",
+        "fp16_flops": "GFLOP/s fp16",
+        "int8_flops": "GOP/s int8",
+    }
     lines = [
         f"{m['processor']}, {m['cores']} cores ({', '.join(m['flags']) or 'no flags known'}), "
         f"{(m['memory_bytes'] or 0) / 2**30:.0f} GiB{', ' + m['gpu'] if m['gpu'] else ''}, {m['system']}",
@@ -146,8 +152,8 @@ def _roofline(data: Data) -> Section:
         rates = [f"{roof.flops / roof.seconds / 1e9:.1f}", f"{roof.bytes / roof.seconds / 1e9:.1f}"]
         rows.append([roof.contender, roof.phase, seconds(roof.seconds), seconds(roof.floor), f"{roof.share:.0%}", *rates])
     lines = [
-        "the floor is the larger of arithmetic over the matmul ceiling (int8 and int4 against int8, all else against fp32) "
-        "and memory traffic over the read ceiling"
+        "the floor is the larger of arithmetic over the matmul ceiling (int8 and int4 against int8, all else against fp32; "
+        "on a GPU all but fp32 against fp16) and memory traffic over the better of reading and copying"
     ]
     return Section("Roofline", lines if rows else [], header, rows, "roofline.svg")
 
@@ -155,7 +161,9 @@ def _roofline(data: Data) -> Section:
 def _functions(data: Data) -> Section:
     """The same function? Against the most exact peer that ran."""
     names = list(data["probes"])
-    wanted = next((name for name in ("transformers fp32", "onnx fp32", "openvino fp32") if name in names), None)
+    wanted = next(
+        (name for name in ("transformers fp32", "onnx fp32", "openvino fp32", "transformers bf16") if name in names), None
+    )
     if wanted is None:
         return Section("The same function")
     reference = data["probes"][wanted]
@@ -166,7 +174,12 @@ def _functions(data: Data) -> Section:
         difference = abs(probe["first_logprob"] - reference["first_logprob"])
         rows.append([name, f"{same} of {len(reference['tokens'])}", f"{difference:.2g}"])
     header = ["", f"greedy tokens equal to {wanted}'s", "first token's log-probability differs by"]
-    return Section("The same function", ["one picture and prompt; random weights make near-ties likely"], header, rows)
+    return Section(
+        "The same function",
+        ["one picture and prompt; other precisions may flip near-ties, which random weights have many of"],
+        header,
+        rows,
+    )
 
 
 def seconds(value: float) -> str:

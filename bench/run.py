@@ -108,6 +108,12 @@ class _Run:
         for number in range(self._settings.starts):
             for entry in list(self._entries):
                 self._start(entry, number)
+        self._groups()
+        self._ceilings()
+        return self._data
+
+    def _groups(self) -> None:
+        """Form groups that fit into memory and run them one after the other."""
         limit = machine.available_memory()
         sizes = {entry.spec.name: float(entry.memory) for entry in self._entries}
         ours = [entry.spec.name for entry in self._entries if entry.spec.ours]
@@ -118,8 +124,6 @@ class _Run:
             self._skip(lost, f"needs about {sizes[lost] / 1e9:.1f} GB, {limit / 1e9:.1f} GB are free")
         for number, group in enumerate(names):
             self._group(number, [entry.spec for entry in self._entries if entry.spec.name in group])
-        self._ceilings()
-        return self._data
 
     def _write(self) -> None:
         partial = self._out.with_name(f".{self._out.name}.partial")
@@ -133,12 +137,19 @@ class _Run:
 
     def _ceilings(self) -> None:
         self._say("the machine's own ceilings")
-        self._data["ceilings"].append(machine.ceilings(self._settings.threads))
+        self._data["ceilings"].append(machine.ceilings(self._settings.threads, self._settings.provider))
         self._write()
 
     def _start(self, entry: Entry, number: int) -> None:
         """Start a fresh process alone, with its files in the page cache, ask one question, and see how much memory it took."""
         name = entry.spec.name
+        spent = sum(start["cold"] for start in self._data["starts"] if start["contender"] == name)
+        if spent > self._settings.budget / 3:  # one is enough of something that slow
+            return
+        if number == 0 and entry.memory > (free := machine.available_memory()):
+            self._entries.remove(entry)
+            self._skip(name, f"needs about {entry.memory / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            return
         entry.read_files()
         short = WORKLOADS["short"]
         try:

@@ -120,9 +120,10 @@ def cost_of(data: Data) -> Cost | None:
 
 
 def ceilings(data: Data) -> dict[str, float]:
-    """The best that was measured before and after the samples."""
+    """The best that was measured before and after the samples; `bandwidth` is the better of reading and copying."""
     names = {name for measured in data["ceilings"] for name in measured}
-    return {name: max(measured.get(name, 0.0) for measured in data["ceilings"]) for name in names}
+    best = {name: max(measured.get(name, 0.0) for measured in data["ceilings"]) for name in names}
+    return best | ({"bandwidth": max(best["read_bytes"], best["copy_bytes"])} if best else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,21 +157,21 @@ def rooflines(data: Data, workload: str) -> Iterator[Roof]:
 def work_of(data: Data, entry: dict[str, Any], workload: str, phase: str) -> tuple[float, float, float] | None:
     """FLOP, bytes of memory traffic, and floor in seconds of a phase of a one-row workload; None if not known."""
     cost, limits = cost_of(data), ceilings(data)
-    if cost is None or not {"read_bytes", "fp32_flops", "int8_flops"} <= limits.keys():
+    if cost is None or not {"bandwidth", "fp32_flops"} <= limits.keys():
         return None
     positions = data["model"]["positions"][workload]
     vision_bytes, decoder_bytes, value_bytes = _bytes(entry, cost)
     bundle = entry.get("bundle")
-    vision_limit = limits[_ceiling(bundle["vision_precision"] if bundle else entry["precision"])]
-    limit = limits[_ceiling(entry["precision"])]
+    vision_limit = _ceiling(limits, bundle["vision_precision"] if bundle else entry["precision"])
+    limit = _ceiling(limits, entry["precision"])
     cache = cost.cache_bytes(positions, bytes_per_value=value_bytes)
     if phase == "first token":
         vision, prefill = cost.vision_flops(), cost.prefill_flops(positions)
         traffic = vision_bytes + decoder_bytes + cache
         compute = vision / vision_limit + prefill / limit
-        return vision + prefill, traffic, max(compute, traffic / limits["read_bytes"])
+        return vision + prefill, traffic, max(compute, traffic / limits["bandwidth"])
     flops, traffic = cost.step_flops(positions), decoder_bytes + cache
-    return flops, traffic, max(flops / limit, traffic / limits["read_bytes"])
+    return flops, traffic, max(flops / limit, traffic / limits["bandwidth"])
 
 
 def _bytes(entry: dict[str, Any], cost: Cost) -> tuple[float, float, float]:
@@ -184,6 +185,13 @@ def _bytes(entry: dict[str, Any], cost: Cost) -> tuple[float, float, float]:
     return sizes["vision_encoder"], cost.weight_bytes(sizes["decoder"] / stored), width.get(precision, 4.0)
 
 
-def _ceiling(precision: str) -> str:
-    # int4 weights meet int8 activations; 16-bit types are held against fp32, which is all that every processor has
-    return "int8_flops" if precision in ("int8", "int4") else "fp32_flops"
+def _ceiling(limits: dict[str, float], precision: str) -> float:
+    """The matmul that a precision is held against.
+
+    On a CPU int4 weights meet int8 activations, and 16-bit types are held against fp32, which every processor has; on a
+    GPU all but fp32 compute in fp16.
+    """
+    if precision == "fp32":
+        return limits["fp32_flops"]
+    small = limits.get("int8_flops", limits["fp32_flops"]) if precision in ("int8", "int4") else limits["fp32_flops"]
+    return limits.get("fp16_flops", small)

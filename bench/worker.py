@@ -59,6 +59,8 @@ def main() -> None:
     """Keep stdout for the protocol and end with the parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # when memory runs out, this process shall go, not something else on the machine
+        Path("/proc/self/oom_score_adj").write_text("1000")
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.argv[1], sys.stdin, replies)

@@ -32,6 +32,8 @@ class StockOnnx:
         options.intra_op_num_threads = spec.threads
         providers = ["CPUExecutionProvider"] if spec.provider == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(path, options, providers=providers)
+        if (got := session.get_providers()[0]) != providers[0]:  # it falls back to the CPU without a word
+            raise RuntimeError(f"ONNX Runtime runs {path.name} on {got}, not on {providers[0]}")
         names = [output.name for output in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(names, feeds), strict=True))
 
