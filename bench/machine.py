@@ -34,6 +34,10 @@ CPU_FLAGS = (
 LIBRARIES = ("pgfast", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "transformers", "openvino", "tokenizers", "tensorrt")
 
 
+SECONDS = 1.5
+"""For each of the ceilings."""
+
+
 def describe() -> dict[str, Any]:
     """Processor, memory, GPU, versions and commit."""
     info = cpuinfo()
@@ -113,7 +117,7 @@ def ceilings(threads: int, provider: str = "cpu") -> dict[str, float]:
         `read_bytes` and `copy_bytes` per second of large arrays (a copy counts what it reads and writes), `fp32_flops` and
         `int8_flops` per second of a matmul, `fp16_flops` on a GPU; what cannot be measured here is missing.
     """
-    command = [sys.executable, "-m", __name__, str(threads), provider]
+    command = [sys.executable, "-m", __name__, provider, str(threads), str(SECONDS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode != 0:
         raise RuntimeError(f"the ceilings cannot be measured: {done.stderr.strip()[-300:]}")
@@ -121,13 +125,13 @@ def ceilings(threads: int, provider: str = "cpu") -> dict[str, float]:
     return measured
 
 
-def cpu_ceilings(threads: int, seconds: float = 1.5) -> dict[str, float]:
+def cpu_ceilings(threads: int, seconds: float) -> dict[str, float]:
     """The processor's, as in `ceilings`."""
     return _memory_speed(threads, seconds) | _matmuls(threads, seconds)
 
 
 def _memory_speed(threads: int, seconds: float) -> dict[str, float]:
-    source = np.ones(2**28, np.float32)  # 1 GiB: far beyond every cache
+    source = np.ones(2**27, np.float32)  # 0.5 GiB: beyond every cache
     parts = np.array_split(source, threads)
     targets = [np.empty_like(part) for part in parts]
     with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter in both
@@ -136,7 +140,7 @@ def _memory_speed(threads: int, seconds: float) -> dict[str, float]:
     return {"read_bytes": source.nbytes / read, "copy_bytes": 2 * source.nbytes / copy}
 
 
-def torch_ceilings(device: str, *, elements: int = 2**28, side: int = 8192, seconds: float = 1.5) -> dict[str, float]:
+def torch_ceilings(device: str, *, elements: int = 2**28, side: int = 8192, seconds: float) -> dict[str, float]:
     """A GPU's, as in `ceilings`: a copy of so many fp32 numbers and square fp32 and fp16 matmuls; {} without torch.
 
     Args:
@@ -207,5 +211,6 @@ def _best(work: Callable[[], object], seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    measured = cpu_ceilings(int(sys.argv[1])) if sys.argv[2] == "cpu" else torch_ceilings("cuda")
+    provider, threads, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    measured = cpu_ceilings(threads, seconds) if provider == "cpu" else torch_ceilings("cuda", seconds=seconds)
     sys.stdout.write(json.dumps(measured))

@@ -65,8 +65,9 @@ def sections(data: Data) -> list[Section]:
     """What the report says, in order."""
     parts = [_machine(data), Section("Accuracy of these bundles", accuracy_lines(data))]
     parts += [_workload(data, name) for name in data["settings"]["workloads"]]
+    batches = [WORKLOADS[name].title for name in data["settings"]["workloads"] if name.startswith("batch")]
     for part in parts:
-        part.picture = {WORKLOADS["short"].title: "latency.svg", WORKLOADS["batch-16"].title: "batch.svg"}.get(part.title)
+        part.picture = {WORKLOADS["short"].title: "latency.svg", **dict.fromkeys(batches[-1:], "batch.svg")}.get(part.title)
     parts += [_starts(data), _roofline(data), _functions(data)]
     skipped = [f"{s['contender']}{', ' + s['workload'] if s['workload'] else ''}: {s['reason']}" for s in data["skipped"]]
     parts.append(Section("Skipped", skipped or ["nothing"]))
