@@ -68,7 +68,7 @@ def _roofline(data: Data, figure: Any) -> bool:
         if key in limits:
             corner = limits[key] / limits["bandwidth"]
             line = [min(xs), corner, max(xs)]
-            axes.plot(line, [min(x * limits["bandwidth"], limits[key]) for x in line], label=f"{label} and memory reads")
+            axes.plot(line, [min(x * limits["bandwidth"], limits[key]) for x in line], label=f"{label} and memory traffic")
     for roof in points:
         marker = "o" if roof.phase == "first token" else "^"
         color = OURS[0] if roof.contender.startswith("pgfast") else PEER[0]

@@ -17,7 +17,7 @@ from .contenders import Request
 
 PROMPT_TOKENS = 10
 """`<bos>`, text and newline of the one-row workloads: 266 positions with the 256 image tokens of a 224-pixel model."""
-FILLING = "what color is the shape in the picture ? "
+FILLING = "what color is the shape in the image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Requests:
         self._limits, self._size, self._image_tokens = m.limits, m.image.size, m.dimensions.num_image_tokens
         self._single = self._fit(PROMPT_TOKENS)
         # a batch goes through answer_batch, which puts the bundle's template around the question
-        self._batch = fill_template(m.prompts["answer"], text="what is it", language="en")
+        self._batch = fill_template(m.prompts["answer"], text="what shape", language="en")
 
     def refuse(self, workload: Workload) -> str | None:
         """Say why this bundle cannot do a workload; None if it can."""
@@ -103,9 +103,9 @@ class Requests:
                 if fits:
                     text = longer
                     break
-        if not text or self._tokens(text) != wanted:
-            raise InputError(f"no text of {wanted} tokens was found for this bundle's tokenizer")
-        return text
+            if text and self._tokens(text) == wanted:
+                return text
+        raise InputError(f"no text of {wanted} tokens was found for this bundle's tokenizer")
 
 
 def read_message(message: dict[str, Any]) -> Request:
