@@ -19,6 +19,7 @@ from pgfast.bench.cli import bench
 from pgfast.bench.client import Worker, WorkerError
 from pgfast.bench.contenders import Spec
 from pgfast.bench.participants import choose
+from pgfast.bench.prepare import prepare
 from pgfast.bench.report import read_results
 from pgfast.bench.run import Settings, measure
 from pgfast.bench.synth import config_of
@@ -233,7 +234,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
 
 def test_one_command_makes_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name instead of a checkpoint, here of a model that was made small."""
-    raw = config_of("3b-224")
+    raw = copy.deepcopy(config_of("3b-224"))
     raw["text_config"] |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     raw["text_config"] |= {"vocab_size": 512}
     raw["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -243,15 +244,13 @@ def test_one_command_makes_what_it_measures(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("pgfast.bench.synth.config_of", lambda model: raw)
     words = ["run", "3b-224", "--work", str(tmp_path / "work"), "--peer", "onnx fp32", "--workload", "short"]
     words += ["--rounds", "1", "--starts", "1", "-o"]
-    made = None
-    for name in ("first", "second"):  # the second finds what the first made
-        done = CliRunner().invoke(bench, [*words, str(tmp_path / name)], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*") if path.is_file()}
-        assert made in (None, files)
-        made = files
-    data = read_results(tmp_path / "second" / "results.json")
+    done = CliRunner().invoke(bench, [*words, str(tmp_path / "out")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*") if path.is_file()}
+    prepare("3b-224", tmp_path / "work", ("int8", "int4"), pytest.fail)  # everything is there: it says nothing
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*") if path.is_file()}
+    data = read_results(tmp_path / "out" / "results.json")
     assert data["groups"] == [["pgfast int8", "pgfast int4", "onnx fp32"]]
     assert all(summary.ratio(data, ours, "onnx fp32", "short", "total") for ours in ("pgfast int8", "pgfast int4"))
-    done = CliRunner().invoke(bench, ["performance", str(tmp_path / "second" / "results.json")], catch_exceptions=False)
+    done = CliRunner().invoke(bench, ["performance", str(tmp_path / "out" / "results.json")], catch_exceptions=False)
     assert re.search(r"\| load to first answer, int4, warm page cache \| <= 4.00 s \| [\d.]+ m?s \|", done.output)
