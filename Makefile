@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO_RUN := build/demo-model
 
-.PHONY: demo test test-slow lint demo-model demo-bundle bench wheel clean
+.PHONY: demo test test-slow lint demo-model demo-bundle bench bench-full wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pgfast answer pgfast/demo/blue_circle.png "what color is the shape?"
@@ -34,6 +34,10 @@ demo-bundle: demo-model
 
 bench: $(VENV)/.demo
 	$(BIN)/pgfast bench startup
+
+# Full size against the peers (hours on a small machine; 25 GB under build/bench); the report is in build/bench/report
+bench-full: $(VENV)/.test
+	$(BIN)/pgfast bench run 3b-224 --work build/bench --out build/bench/report
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m build --wheel

@@ -17,7 +17,7 @@ def measure(bundle: str | None) -> dict[str, Any]:
         bundle: Bundle folder; None: the embedded one.
 
     Returns:
-        Names, sizes in megabytes, `accuracy` (0 to 1), `wrong` of `count`, `mean_confidence`, `seconds`.
+        Names, the bundle's `digest`, megabytes, `accuracy` (0 to 1), `wrong` of `count`, `mean_confidence`, `seconds`.
     """
     try:
         from pgfast.train import easy_vqa_data
@@ -33,6 +33,7 @@ def measure(bundle: str | None) -> dict[str, Any]:
     m = engine.manifest
     return {
         "bundle": Path(bundle).name if bundle else "embedded",
+        "digest": m.digest(),
         "precision": m.precision,
         "vision_precision": m.vision_precision,
         "megabytes": round(sum(entry.size for entry in m.files.values()) / 1e6, 2),

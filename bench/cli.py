@@ -1,10 +1,12 @@
-"""`pgfast bench`: how long a user waits."""
+"""`pgfast bench`: how long a user waits, against what he would use instead."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,3 +61,95 @@ def accuracy(bundles: tuple[str, ...], as_json: bool) -> None:
             f"{r['bundle']:16} {r['precision']:5} vision {r['vision_precision']:5} {r['megabytes']:8.2f} MB  "
             f"{r['accuracy']:8.3%} of {r['count']}, {r['wrong']} wrong, mean confidence {r['mean_confidence']:.4f}"
         )
+
+
+@bench.command()
+@click.argument("checkpoint", required=False)
+@click.option("-b", "--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="Bundle; may be repeated.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option("--work", type=click.Path(path_type=Path), default="build/bench", show_default=True, help="For what NAME needs.")
+@click.option("--stock", type=click.Path(path_type=Path), help="fp32 export of CHECKPOINT with --layout transformers.js.")
+@click.option("--peer", "peers", multiple=True, help="Only these peers [default: all]; 'none' for none.")
+@click.option("--workload", "workloads", multiple=True, help="Only these workloads [default: all].")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted rounds of each workload.")
+@click.option("--starts", type=click.IntRange(1), default=3, show_default=True, help="Fresh processes of each contender.")
+@click.option("--budget", type=float, default=300.0, show_default=True, help="Seconds per workload and group.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores", help="For everybody.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt or tensorrt-rtx.")
+@click.option("--accuracy", "accuracy_file", type=click.Path(path_type=Path), help="Output of 'bench accuracy --json'.")
+def run(checkpoint: str | None, out: Path, work: Path, accuracy_file: Path | None, **words: Any) -> None:
+    """Compare bundles with the peers, interleaved; writes results.json and the report into OUT.
+
+    CHECKPOINT is the folder that the bundles were exported from, for the peers. Or it is a name such as 3b-224: then a
+    checkpoint of that size with random weights, int8 and int4 bundles and the stock ONNX export are made under --work first
+    (25 GB for 3b-224), unless they are there.
+    """
+    from .participants import PEERS, read_accuracy
+    from .prepare import prepare
+    from .report import write_report
+    from .run import Settings, measure
+    from .synth import MODELS
+
+    def say(line: str) -> None:
+        print(f"pgfast: {line}", file=sys.stderr)
+
+    given = {name: value for name, value in words.items() if value not in ((), None)}
+    folder = Path(checkpoint) if checkpoint else None
+    if checkpoint in MODELS and not Path(checkpoint).is_dir():
+        folder, *made = prepare(checkpoint, work, ("int8", "int4"), say)
+        given = dict(zip(("bundles", "stock"), made, strict=True)) | given
+    given["peers"] = () if words["peers"] == ("none",) else words["peers"] or tuple(PEERS)
+    settings = Settings(checkpoint=folder, accuracy=read_accuracy(accuracy_file), **given)
+    out.mkdir(parents=True, exist_ok=True)
+    measure(settings, out / "results.json", say)
+    for path in write_report(out / "results.json", out):
+        print(path)
+
+
+@bench.command()
+@click.argument("results", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def report(results: Path, out: Path) -> None:
+    """Make the report of RESULTS (results.json of 'bench run') anew in the folder OUT."""
+    from .report import write_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    for path in write_report(results, out):
+        print(path)
+
+
+@bench.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write [default: print].")
+def performance(results: tuple[Path, ...], out: Path | None) -> None:
+    """Make the table target / measured / limit from one or more RESULTS."""
+    from .performance import performance as table
+    from .report import read_results
+
+    text = table([(str(path), read_results(path)) for path in results])
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+@bench.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--threshold", type=float, default=0.05, show_default=True, help="Worse by this share is a regression.")
+def compare(before: Path, after: Path, threshold: float) -> None:
+    """Compare two result files; exits with 1 if a row of AFTER is worse than in BEFORE."""
+    from .compare import compare as rows_of
+    from .compare import differences, missing_rows
+    from .report import read_results
+
+    a, b = read_results(before), read_results(after)
+    for line in (*differences(a, b), *(f"not measured any more: {row}" for row in missing_rows(a, b))):
+        print(f"pgfast: {line}", file=sys.stderr)
+    rows = rows_of(a, b)
+    for row in rows:
+        mark = "WORSE" if row.regressed(threshold) else ""
+        print(f"{mark:6}{row.change:6.2f} [{row.low:.2f} {row.high:.2f}]  {row.before:.6g} -> {row.after:.6g}  {row.name}")
+    worse = sum(row.regressed(threshold) for row in rows)
+    print(f"{worse} of {len(rows)} rows are worse by more than {threshold:.0%}")
+    sys.exit(1 if worse else 0)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import pgfast
 from pgfast.engine import demo_bundle
+
+from .machine import cpuinfo
 
 PICTURE = demo_bundle().parent / "blue_circle.png"
 QUESTION = "what color is the shape?"
@@ -42,7 +42,7 @@ def measure(bundle: str | None, runs: int) -> dict[str, Any]:
     rows = {name: _row(command, runs) for name, command in commands.items()}
     rows["Engine.answer (warm, file to text)"] = _row(lambda: engine.answer(PICTURE, QUESTION), runs * 10)
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{cpuinfo().get('model name', 'unknown processor')}, {os.cpu_count()} cores",
         "pgfast": pgfast.__version__,
         "onnxruntime": onnxruntime.__version__,
         "provider": engine.provider,
@@ -67,12 +67,3 @@ def _row(command: Callable[[], object], runs: int) -> dict[str, float]:
         "min": round(min(samples), 2),
         "n": runs,
     }
-
-
-def _processor() -> str:
-    """Name of the processor; platform.processor() is empty on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
