@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -76,6 +77,12 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
     raise ProviderError("no provider works: " + "; ".join(failures))
 
 
+def _open_tokenizer(bundle: Bundle) -> Tokenizer:
+    tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=bundle.manifest.tokens.bos)
+    tokenizer.check_ids(bundle.manifest.dimensions.vocab_size)
+    return tokenizer
+
+
 @dataclass(frozen=True, slots=True)
 class _Question:
     """A question that the scheduler has."""
@@ -99,9 +106,10 @@ class Engine:
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         manifest = bundle.manifest
         self._bundle, self._target = bundle, target
-        self._tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=manifest.tokens.bos)
-        self._tokenizer.check_ids(manifest.dimensions.vocab_size)
-        self._model = Model(bundle, target, threads)
+        with ThreadPoolExecutor(1) as pool:  # 257,000 entries take a second to parse: beside the graphs
+            tokenizer = pool.submit(_open_tokenizer, bundle)
+            self._model = Model(bundle, target, threads)
+            self._tokenizer = tokenizer.result()
         self._pictures = PictureEncoder(manifest, self._model)
         self._scheduler = Scheduler(self._model.decoder, together=self._model.together, turns=self._model.turns)
         # also before the interpreter ends: a thread that is inside onnxruntime then would crash it

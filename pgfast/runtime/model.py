@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -65,8 +66,7 @@ class Model:
             size = bundle.manifest.image.size
             self.encode(np.zeros((1, 3, size, size), np.float32))
         else:
-            self._session("vision_encoder", None)
-            self._session("decoder", None)
+            self._open_both()
         slots = slots_of(bundle.manifest, target)
         self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
         self.together = 1 if target.static_shapes else TOGETHER
@@ -83,11 +83,20 @@ class Model:
             raise failure("the vision encoder fails", self._target, error) from error
         return features
 
+    def _open_both(self) -> None:
+        """Open both graphs at the same time: most of it is one core's work, bringing weights into the kernels' layout."""
+        with ThreadPoolExecutor(1) as pool:
+            vision = pool.submit(self._open, "vision_encoder", None)
+            self._sessions["decoder", None] = self._open("decoder", None)
+            self._sessions["vision_encoder", None] = vision.result()
+
     def _session(self, graph: str, shapes: Shapes | None) -> Any:
         key = (graph, tuple((name, tuple(shape)) for name, shape in shapes.items()) if shapes else None)
         with self._opening:
             if key not in self._sessions:
-                spec = self._bundle.manifest.graphs[graph]
-                path = self._bundle.path(spec.file)
-                self._sessions[key] = open_session(path, spec, self._target, threads=self._threads, shapes=shapes)
+                self._sessions[key] = self._open(graph, shapes)
             return self._sessions[key]
+
+    def _open(self, graph: str, shapes: Shapes | None) -> Any:
+        spec = self._bundle.manifest.graphs[graph]
+        return open_session(self._bundle.path(spec.file), spec, self._target, threads=self._threads, shapes=shapes)
