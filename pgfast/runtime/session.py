@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,24 @@ from pgfast.manifest import GraphSpec
 
 from .providers import Shapes, Target, import_onnxruntime, rtx_devices
 
-_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
+_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
 
 
-def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | None, shapes: Shapes | None = None) -> Any:
+def open_session(
+    path: Path,
+    spec: GraphSpec,
+    target: Target,
+    *,
+    threads: int | None,
+    shapes: Shapes | None = None,
+    weights: Mapping[str, Any] | None = None,
+) -> Any:
     """Open one graph on one provider.
 
     Args:
@@ -24,6 +39,7 @@ def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | 
         target: The provider.
         threads: Threads of one operator on the CPU; None: one per core.
         shapes: Fixed input shapes, for providers that need them.
+        weights: Initializers that are in memory already; they must outlive the session.
 
     Raises:
         BundleError: The graph does not load, or is not what the manifest says.
@@ -37,6 +53,8 @@ def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | 
     if target.name == "cpu" and not has_vnni():
         # uint8 x int8 products saturate at 16 bits on older x86; this takes a slower kernel that does not
         options.add_session_config_entry("session.x64quantprecision", "1")
+    for name, value in (weights or {}).items():
+        options.add_initializer(name, value)
     if target.static_shapes:
         target.cache_dir.mkdir(parents=True, exist_ok=True)
     providers = target.ort_providers(shapes, _session_name(path, shapes))
