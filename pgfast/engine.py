@@ -276,7 +276,7 @@ class Engine:
         picture = open_image(image)
         pixels = to_pixel_values(picture, self.manifest.image)
         prepared = time.perf_counter()
-        features = self._model.encode(pixels)
+        features = np.asarray(self._model.encode(pixels))
         seconds = (prepared - start, time.perf_counter() - prepared)
         return EncodedImage(features, picture.width, picture.height, self._bundle_id), seconds
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import threading
 from typing import Any
 
@@ -9,11 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgfast.bundle import Bundle
+from pgfast.errors import ProviderError
 from pgfast.manifest import Manifest
 
+from .buffers import Features
+from .cuda_decoder import CudaDecoder
+from .cuda_graphs import CapturedVision, GraphRunner
 from .decoder import Decoder
 from .providers import Shapes, Target
 from .session import failure, open_session
+from .shared_weights import SharedWeights
+
+logger = logging.getLogger(__name__)
+
+STEP = "decoder_step"
+"""The graph that only bundles for CUDA have."""
 
 CPU_SLOTS, GPU_SLOTS = 16, 32
 """Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
@@ -51,6 +63,10 @@ class Model:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
+        self._vision: CapturedVision | None = None
+        self._weights: SharedWeights | None = None
+        if target.name == "cuda" and STEP in bundle.manifest.graphs:
+            self._open_captured()
         # what does not load or run here should fail now, not at the first question
         if target.static_shapes:
             size = bundle.manifest.image.size
@@ -60,13 +76,36 @@ class Model:
             self._session("decoder", None)
         self.decoder = self.new_decoder()
 
+    def _open_captured(self) -> None:
+        """Open what runs as CUDA graphs: prompts, single tokens with the same weights, and pictures."""
+        manifest = self._bundle.manifest
+        places = manifest.graphs[STEP].weights or {}
+        self._weights = SharedWeights(self._bundle.path(f"{manifest.graphs['decoder'].file}.data"), places, self._target)
+        plain = self._target
+        self._target = dataclasses.replace(plain, cuda_graph=True)
+        try:
+            sessions = [self._session(graph, None) for graph in ("decoder", STEP, "vision_encoder")]
+        except ProviderError as error:
+            logger.warning("CUDA graphs do not work here, so every token takes longer: %s", error)
+            self._target = plain
+            self._sessions.clear()
+            sessions = [self._session(graph, None) for graph in ("decoder", STEP, "vision_encoder")]
+        self._runner = GraphRunner(self._target)
+        self._vision = CapturedVision(sessions[-1], manifest, self._target, self._runner)
+
     def new_decoder(self) -> Decoder:
         """Return a decoder with a cache of its own, for a generation that others may interrupt."""
         manifest, target = self._bundle.manifest, self._target
+        if self._vision is not None:
+            sessions = self._session("decoder", None), self._session(STEP, None)
+            return CudaDecoder(manifest, target, *sessions, self._runner, slots_of(manifest, target))
         return Decoder(manifest, target, lambda shapes: self._session("decoder", shapes), slots_of(manifest, target))
 
-    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
+    def encode(self, pixel_values: NDArray[np.float32]) -> Features:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
+        if self._vision is not None:
+            encoded = [self._vision.encode(pixels[None]) for pixels in pixel_values]
+            return encoded[0] if len(encoded) == 1 else np.concatenate([np.asarray(features) for features in encoded])
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:
@@ -81,5 +120,8 @@ class Model:
             if key not in self._sessions:
                 spec = self._bundle.manifest.graphs[graph]
                 path = self._bundle.path(spec.file)
-                self._sessions[key] = open_session(path, spec, self._target, threads=self._threads, shapes=shapes)
+                weights = self._weights.initializers if self._weights is not None and graph != "vision_encoder" else None
+                self._sessions[key] = open_session(
+                    path, spec, self._target, threads=self._threads, shapes=shapes, weights=weights
+                )
             return self._sessions[key]

@@ -45,6 +45,8 @@ class Target:
     fp16: bool = False
     cache_dir: Path = field(default_factory=lambda: default_cache_dir())
     """Where TensorRT keeps built engines."""
+    cuda_graph: bool = False
+    """Whether the CUDA provider may capture runs. Every run then says which graph it is, or that it is none."""
 
     @property
     def static_shapes(self) -> bool:
@@ -75,7 +77,8 @@ class Target:
 
     def cuda_options(self) -> dict[str, str]:
         """Options of the CUDA provider; TF32 is off because answers must be those of the checkpoint."""
-        return {"device_id": str(self.device_id), "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        options = {"device_id": str(self.device_id), "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        return options | {"enable_cuda_graph": "1"} if self.cuda_graph else options
 
     def tensorrt_options(self, shapes: Shapes, prefix: str) -> dict[str, str]:
         """Options of the TensorRT provider: fixed shapes, engines kept on disk, fp32 where norms need it."""
