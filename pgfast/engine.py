@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from pgfast.bundle import Bundle
 from pgfast.errors import InputError, PromptError, ProviderError
-from pgfast.image import ImageInput, open_image, to_pixel_values
+from pgfast.image import ImageInput
 from pgfast.manifest import TOKENIZER, Manifest
+from pgfast.pictures import PictureEncoder
 from pgfast.prompt import Tokenizer, cut_at_stop, fill_template, safe_length
-from pgfast.runtime import generation
-from pgfast.runtime.decoder import Decoder
+from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.model import Model
 from pgfast.runtime.providers import Target, candidates, check_available, engine_cache
+from pgfast.runtime.scheduler import Scheduler, Ticket
 from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
 from pgfast.validation import check_options, check_texts
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH = 16
-"""Rows that run through the decoder together; longer batches are cut."""
+ENCODED_AHEAD = 8
+"""Pictures of `answer_batch` that are encoded before there is a place for their question."""
 
 
 def demo_bundle() -> Path:
@@ -73,15 +78,24 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """One row of a batch, ready for the decoder."""
+class _Question:
+    """A question that the scheduler has."""
 
-    image: EncodedImage
-    prompt: list[int]
+    row: Generation | ChoiceScores
+    ticket: Ticket
+    options: GenerateOptions
+    start: float
+    """`time.perf_counter` when its picture was taken up."""
+    preprocess: float
+    vision: float
 
 
 class Engine:
-    """A loaded bundle; make one with `pgfast.load`. Calls from several threads run one after the other."""
+    """A loaded bundle; make one with `pgfast.load`.
+
+    Calls from any number of threads share one running batch: each joins it between two tokens of the others.
+    Closing it (or `with`) ends its thread; so does dropping it.
+    """
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         manifest = bundle.manifest
@@ -89,7 +103,29 @@ class Engine:
         self._tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=manifest.tokens.bos)
         self._tokenizer.check_ids(manifest.dimensions.vocab_size)
         self._model = Model(bundle, target, threads)
-        self._lock = threading.Lock()
+        self._pictures = PictureEncoder(manifest, self._model)
+        self._scheduler = Scheduler(self._model.decoder, together=self._model.together)
+        # also before the interpreter ends: a thread that is inside onnxruntime then would crash it
+        weakref.finalize(self, self._scheduler.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's thread, after the run that it is in; questions in flight fail, later ones are refused."""
+        self._scheduler.close()
+
+    @property
+    def max_waiting(self) -> int | None:
+        """Refuse a question (`OverloadedError`) when so many others wait for a place in the batch; None: never."""
+        return self._scheduler.max_waiting
+
+    @max_waiting.setter
+    def max_waiting(self, number: int | None) -> None:
+        self._scheduler.max_waiting = number
 
     @property
     def manifest(self) -> Manifest:
@@ -122,7 +158,7 @@ class Engine:
         Raises:
             InputError: The picture, the question or an option cannot be used.
         """
-        return self._run([(image, self._answer_prompt(question, language))], options, choices)[0]
+        return self._run(image, self._answer_prompt(question, language), options, choices)
 
     def answer_batch(
         self,
@@ -131,7 +167,7 @@ class Engine:
         language: str = "en",
         options: GenerateOptions | None = None,
     ) -> list[Answer]:
-        """Answer many questions, token for token as one by one; a picture object that comes again is encoded once.
+        """Answer many questions, token for token as one by one; a picture object that comes again soon is encoded once.
 
         Args:
             questions: Pairs of picture and question.
@@ -143,157 +179,115 @@ class Engine:
         """
         if not isinstance(questions, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in questions):
             raise InputError("questions is a list of (picture, question) pairs")
-        pairs = [(image, self._answer_prompt(question, language)) for image, question in questions]
-        return self._run(pairs, options, None)
+        options = check_options(options, self.manifest.limits.new_tokens)
+        # texts first: they are cheap to refuse
+        prompts = [self._encode_prompt(self._answer_prompt(question, language)) for _, question in questions]
+        asked: list[_Question] = []
+        answers: list[Answer] = []
+        recent: dict[int, EncodedImage] = {}
+        # pictures are encoded here, beside the decoder's thread, and only a few ahead of it
+        room = threading.Semaphore(ENCODED_AHEAD)
+        try:
+            for first in range(0, len(questions), self._model.together):
+                part = slice(first, first + self._model.together)
+                start = time.perf_counter()
+                images, seconds = self._pictures.encode([image for image, _ in questions[part]], recent)
+                for image, prompt in zip(images, prompts[part], strict=True):
+                    room.acquire()
+                    row, on_start = self._generation(options), room.release
+                    ticket = self._scheduler.submit(row, image.image_features, prompt, patient=True, on_start=on_start)
+                    asked.append(_Question(row, ticket, options, start, *seconds))
+                while len(answers) < len(asked) and asked[len(answers)].ticket.finished:
+                    answers.append(self._answer(asked[len(answers)]))
+            return answers + [self._answer(question) for question in asked[len(answers) :]]
+        except BaseException:
+            for question in asked:
+                question.ticket.cancel()
+            raise
 
     def generate(self, image: ImageInput | EncodedImage, prompt: str, *, options: GenerateOptions | None = None) -> Answer:
         """Continue a raw prompt, for example `caption en`; no template is put around it (arguments as in `answer`)."""
-        return self._run([(image, prompt)], options, None)[0]
+        return self._run(image, prompt, options, None)
 
     def stream(self, image: ImageInput | EncodedImage, prompt: str, *, options: GenerateOptions | None = None) -> Iterator[str]:
         """Continue a raw prompt, yielding pieces of text that add up to the whole (arguments as in `answer`).
 
-        The prompt is checked at once; the model runs while the pieces are taken. Other calls may come in between.
+        The prompt is checked at once. From the first piece on the model runs ahead of the reader; closing the iterator
+        ends that.
         """
         options = check_options(options, self.manifest.limits.new_tokens)
-        request = _Request(self.encode_image(image), self._encode_prompt(prompt))
-        return self._stream(request, options)
+        ids = self._encode_prompt(prompt)
+        return self._stream(self.encode_image(image), ids, options)
 
     def encode_image(self, image: ImageInput | EncodedImage) -> EncodedImage:
         """Run the vision encoder once, to ask several questions about the picture (`image` as in `answer`)."""
-        return image if isinstance(image, EncodedImage) and self._own(image) else self._encode(image)[0]
+        encoded = self._pictures.encode([image])[0][0]
+        features = np.asarray(encoded.image_features)  # not in a GPU's memory: the caller may keep thousands
+        return encoded if features is encoded.image_features else dataclasses.replace(encoded, image_features=features)
 
     def _run(
-        self,
-        pairs: Sequence[tuple[ImageInput | EncodedImage, str]],
-        options: GenerateOptions | None,
-        choices: Sequence[str] | None,
-    ) -> list[Answer]:
+        self, image: ImageInput | EncodedImage, prompt: str, options: GenerateOptions | None, choices: Sequence[str] | None
+    ) -> Answer:
         start = time.perf_counter()
         options = check_options(options, self.manifest.limits.new_tokens)
         # texts first: they are cheap to refuse
-        prompts = [self._encode_prompt(prompt) for _, prompt in pairs]
-        choice_ids = self._encode_choices(choices)
-        preprocess, vision = time.perf_counter() - start, 0.0
-        encoded: dict[int, EncodedImage] = {}
-        for image, _ in pairs:
-            if id(image) in encoded:
-                continue
-            if isinstance(image, EncodedImage) and self._own(image):
-                encoded[id(image)] = image
-            else:
-                encoded[id(image)], seconds = self._encode(image)
-                vision += seconds[1]
-                preprocess += seconds[0]
-        requests = [_Request(encoded[id(image)], prompt) for (image, _), prompt in zip(pairs, prompts, strict=True)]
-        answers: list[Answer] = []
-        for first in range(0, len(requests), MAX_BATCH):
-            part = requests[first : first + MAX_BATCH]
-            with self._lock:
-                if choice_ids is not None and choices is not None:
-                    answers += self._choose(part[0], choices, choice_ids, (start, preprocess, vision))
-                else:
-                    answers += self._generate(part, options, (start, preprocess, vision))
-        return answers
+        ids, choice_ids = self._encode_prompt(prompt), self._encode_choices(choices)
+        checked = time.perf_counter() - start
+        (encoded,), (preprocess, vision) = self._pictures.encode([image])
+        row = self._generation(options) if choice_ids is None else ChoiceScores(choice_ids)
+        ticket = self._scheduler.submit(row, encoded.image_features, ids)
+        return self._answer(_Question(row, ticket, options, start, checked + preprocess, vision), choices)
 
-    def _generate(self, requests: list[_Request], options: GenerateOptions, spent: tuple[float, float, float]) -> list[Answer]:
-        start, preprocess, vision = spent
-        clock = generation.Clock()
-        *_, rows = self._loop(self._model.decoder, requests, options, clock)  # the rows after the last token
-        timings = Timings(
-            preprocess=preprocess,
-            vision=vision,
-            prefill=clock.first_token - clock.start,
-            decode=clock.end - clock.first_token,
-            ttft=clock.first_token - start,
-            total=time.perf_counter() - start,
-        )
-        return [self._to_answer(row, options, timings) for row in rows]
-
-    def _loop(
-        self, decoder: Decoder, requests: list[_Request], options: GenerateOptions, clock: generation.Clock
-    ) -> Generator[list[generation.Row]]:
-        features = np.concatenate([request.image.image_features for request in requests])  # [B, P, D]
-        return generation.generate(
-            decoder,
-            features,
-            [request.prompt for request in requests],
+    def _generation(self, options: GenerateOptions) -> Generation:
+        decode, stop = self._tokenizer.decode, options.stop  # not the engine: rows live in the scheduler's thread
+        return Generation(
             options,
             max_new_tokens=options.max_new_tokens or self.manifest.limits.new_tokens,
             eos_id=self.manifest.tokens.eos,
-            stopped=lambda ids: any(stop in self._tokenizer.decode(ids) for stop in options.stop),
-            clock=clock,
+            stopped=lambda ids: any(text in decode(ids) for text in stop),
         )
 
-    def _stream(self, request: _Request, options: GenerateOptions) -> Iterator[str]:
-        given = ""
-        # a cache of its own: while the caller thinks about a piece, other questions may be answered
-        for rows in self._loop(self._model.new_decoder(), [request], options, generation.Clock()):
-            text = cut_at_stop(self._tokenizer.decode(rows[0].token_ids), options.stop)
-            done = rows[0].finish_reason is not None
-            safe = text if done else text[: safe_length(text, options.stop)]
-            if safe.startswith(given) and len(safe) > len(given):
-                yield safe[len(given) :]
-                given = safe
+    def _stream(self, image: EncodedImage, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
+        given, row = "", self._generation(options)
+        ticket = self._scheduler.submit(row, image.image_features, prompt, streaming=True)
+        with contextlib.closing(ticket.progress()) as progress:
+            for done in progress:
+                text = cut_at_stop(self._tokenizer.decode(row.token_ids), options.stop)
+                safe = text if done else text[: safe_length(text, options.stop)]
+                if safe.startswith(given) and len(safe) > len(given):
+                    yield safe[len(given) :]
+                    given = safe
 
-    def _choose(
-        self, request: _Request, choices: Sequence[str], choice_ids: list[list[int]], spent: tuple[float, float, float]
-    ) -> list[Answer]:
-        start, preprocess, vision = spent
-        begun = time.perf_counter()
-        scores: list[list[float]] = []
-        for first in range(0, len(choice_ids), MAX_BATCH):
-            part = choice_ids[first : first + MAX_BATCH]
-            scores += generation.score_choices(self._model.decoder, request.image.image_features, request.prompt, part)
-        totals = np.array([sum(score) for score in scores])
-        shares = np.exp(totals - totals.max())
-        best, end = int(totals.argmax()), time.perf_counter()
-        answer = Answer(
-            text=choices[best],
-            confidence=float(np.exp(totals[best])),
-            token_ids=tuple(choice_ids[best]),
-            token_logprobs=tuple(scores[best]),
-            finish_reason="stop",
-            choices=dict(zip(choices, (shares / shares.sum()).tolist(), strict=True)),
-            timings=Timings(preprocess, vision, end - begun, 0.0, end - start, end - start),
-        )
-        return [answer]
-
-    def _to_answer(self, row: generation.Row, options: GenerateOptions, timings: Timings) -> Answer:
+    def _answer(self, question: _Question, choices: Sequence[str] | None = None) -> Answer:
+        """Wait for a question's end."""
+        q, row, ticket = question, question.row, question.ticket
+        ticket.wait()
+        if isinstance(row, ChoiceScores):
+            totals = np.array([sum(scores) for scores in row.scores])
+            best = int(totals.argmax())
+            shares = np.exp(totals - totals.max())
+            assert choices is not None
+            text, ids, logprobs = choices[best], row.choices[best], row.scores[best]
+            chances = dict(zip(choices, (shares / shares.sum()).tolist(), strict=True))
+        else:
+            text = cut_at_stop(self._tokenizer.decode(row.token_ids), q.options.stop).strip()
+            ids, logprobs, chances = tuple(row.token_ids), row.token_logprobs, None
         return Answer(
-            text=cut_at_stop(self._tokenizer.decode(row.token_ids), options.stop).strip(),
-            confidence=float(np.exp(sum(row.token_logprobs))),
-            token_ids=tuple(row.token_ids),
-            token_logprobs=tuple(row.token_logprobs),
-            finish_reason="stop" if row.finish_reason == "stop" else "length",
-            choices=None,
-            timings=timings,
+            text=text,
+            confidence=float(np.exp(sum(logprobs))),
+            token_ids=ids,
+            token_logprobs=tuple(logprobs),
+            finish_reason="length" if isinstance(row, Generation) and row.finish_reason == "length" else "stop",
+            choices=chances,
+            timings=Timings(
+                preprocess=q.preprocess,
+                vision=q.vision,
+                prefill=ticket.first_token - ticket.begun,
+                decode=ticket.ended - ticket.first_token,
+                ttft=ticket.first_token - q.start,
+                total=ticket.ended - q.start,
+            ),
         )
-
-    def _encode(self, image: ImageInput) -> tuple[EncodedImage, tuple[float, float]]:
-        """Encode a picture; also returns the seconds of preprocessing and of the vision encoder."""
-        start = time.perf_counter()
-        picture = open_image(image)
-        pixels = to_pixel_values(picture, self.manifest.image)
-        prepared = time.perf_counter()
-        features = np.asarray(self._model.encode(pixels))
-        seconds = (prepared - start, time.perf_counter() - prepared)
-        return EncodedImage(features, picture.width, picture.height, self._bundle_id), seconds
-
-    @property
-    def _bundle_id(self) -> str:
-        """Tells encoded images of this vision encoder from those of another."""
-        m = self.manifest
-        names = (m.graphs["vision_encoder"].file, f"{m.graphs['vision_encoder'].file}.data")
-        return "-".join([*(m.files[name].sha256 for name in names if name in m.files), str(m.image)])
-
-    def _own(self, image: EncodedImage) -> bool:
-        if image.bundle_id != self._bundle_id:
-            raise InputError("this EncodedImage was made with another bundle: encode the picture again")
-        d = self.manifest.dimensions
-        if getattr(image.image_features, "shape", None) != (1, d.num_image_tokens, d.hidden_size):
-            raise InputError(f"image_features must be [1, {d.num_image_tokens}, {d.hidden_size}]: encode the picture again")
-        return True
 
     def _answer_prompt(self, question: str, language: str) -> str:
         if not isinstance(question, str) or not question.strip():

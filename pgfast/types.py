@@ -30,18 +30,22 @@ class GenerateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds spent on one call; in a batch, up to the end of the up to 16 rows that were computed together."""
+    """Seconds spent on one question; in `answer_batch` from when its own picture was taken up.
+
+    Other questions share the decoder: prefill and decode are what passed on the clock meanwhile, and waiting for a place
+    is in ttft and total only.
+    """
 
     preprocess: float
     """Decoding, resizing, tokenizing."""
     vision: float
-    """Vision encoder; 0 when an `EncodedImage` was given."""
+    """Vision encoder; 0 when an `EncodedImage` was given, or the picture of an earlier question of the batch."""
     prefill: float
     """The prompt's pass, up to the first token."""
     decode: float
     """All later tokens."""
     ttft: float
-    """From the call to the first token."""
+    """Up to the first token."""
     total: float
 
 

@@ -117,6 +117,14 @@ def open_model(bundle: Path) -> tuple[Bundle, Model]:
     return opened, Model(opened, Target("cpu"))
 
 
+class Fixed(Target):
+    """TensorRT's way of running, on the CPU: one session per shape."""
+
+    @property
+    def static_shapes(self) -> bool:
+        return True
+
+
 def make_bundle(checkpoint: Path, out: Path, *, precision: str = "fp32", dialect: str = "ort") -> Path:
     """Export in one of the dialects."""
     export(str(checkpoint), out, ExportOptions(precision, "cpu" if dialect == "ort" else "tensorrt"))

@@ -43,6 +43,10 @@ class Capturing:
     def io_binding(self) -> Any:
         return self._session.io_binding()
 
+    def run(self, names: Any, feeds: Any, options: Any) -> Any:
+        assert options.get_run_config_entry("gpu_graph_id") == "-1"
+        return self._session.run(names, feeds, options)
+
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
         graph_id = int(options.get_run_config_entry("gpu_graph_id"))
         try:
@@ -238,6 +242,8 @@ def test_pictures_stay_on_the_device(rig: Rig, folder: Path) -> None:
     session = open_session(folder / spec.file, spec, CPU, threads=None)
     for values, features in zip(pixels, encoded, strict=True):  # the second picture has not overwritten the first
         np.testing.assert_array_equal(np.asarray(features), session.run(None, {"pixel_values": values})[0])
+    together = rig.vision.encode(np.concatenate(pixels))
+    assert relative_error(np.asarray(together)[1], np.asarray(encoded[1])[0]) < 1e-5
     first = rig.decoder.prompt(encoded[0], [PROMPT])
     np.testing.assert_array_equal(rig.new_decoder().prompt(np.asarray(encoded[0]), [PROMPT]).tokens, first.tokens)
 

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pgfast
@@ -151,12 +152,7 @@ def test_auto_goes_on_when_a_session_fails(bundle: Path, monkeypatch: pytest.Mon
 
 def test_fixed_shapes_get_a_session_each_and_padded_prompts(bundle: Path) -> None:
     """TensorRT's way of running, on the CPU: one session per shape, prompts padded to a multiple of 16."""
-    from conftest import open_model, random_pixels
-
-    class Fixed(Target):
-        @property
-        def static_shapes(self) -> bool:
-            return True
+    from conftest import Fixed, open_model, random_pixels
 
     opened, model = open_model(bundle)
     asked: list[Any] = []
@@ -177,3 +173,28 @@ def test_fixed_shapes_get_a_session_each_and_padded_prompts(bundle: Path) -> Non
     assert list(asked[1]["input_ids"]) == [1, 1]
     assert list(asked[1]["image_features"]) == [1, 0, 48]
     assert len(asked) == 2  # the second step reuses the first one's binding
+
+
+def test_fixed_shapes_of_steps_are_powers_of_two(bundle: Path) -> None:
+    """Three rows run as four; the fourth slot is free and stays free."""
+    from conftest import Fixed, open_model, random_pixels
+
+    opened, model = open_model(bundle)
+    asked: list[Any] = []
+
+    def session_for(shapes: Any) -> Any:
+        asked.append(shapes)
+        return model._session("decoder", None)
+
+    decoder = Decoder(opened.manifest, Fixed("cpu"), session_for, slots=4)
+    features = np.repeat(model.encode(random_pixels(0, opened.manifest.image.size)), 3, axis=0)
+    prompts = [[2, 5, 6, 7, 4], [2, 9, 4], [2, 8, 8, 4]]
+    decoder.prompt(features, prompts)
+    model.decoder.prompt(features, prompts)
+    for _ in range(3):
+        found, wanted = decoder.step(3), model.decoder.step(3)
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-4)
+    assert list(asked[1]["input_ids"]) == [4, 1]
+    assert list(asked[1]["past_key_values.0.key"]) == [4, 2, opened.manifest.cache_length, 16]
+    assert decoder.length(3) == 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pgfast.manifest import Manifest
 
-from .buffers import DeviceFeatures, to_device
+from .buffers import DeviceFeatures, Features, to_device
 from .providers import Target, import_onnxruntime
 from .session import failure
 
@@ -39,6 +39,8 @@ class GraphRunner:
         self._ids = itertools.count(1)
         self._captured: set[int] = set()
         self._options: dict[tuple[int, bool], Any] = {}
+        self.no_graph = self._run_options(NO_GRAPH, True)
+        """For runs without a binding; a run that says nothing would be captured."""
 
     def new_id(self) -> int:
         """Return an id for a binding that is to be captured, unique among all sessions."""
@@ -82,7 +84,7 @@ class GraphRunner:
 
 
 class CapturedVision:
-    """The vision encoder for one picture at a time, captured.
+    """The vision encoder, captured for one picture.
 
     Args:
         session: The graph's session.
@@ -92,7 +94,8 @@ class CapturedVision:
     """
 
     def __init__(self, session: Any, manifest: Manifest, target: Target, runner: GraphRunner) -> None:
-        self._session, self._target, self._runner, self._id = session, target, runner, runner.new_id()
+        self.runner = runner
+        self._session, self._target, self._id = session, target, runner.new_id()
         d, size = manifest.dimensions, manifest.image.size
         features_type = manifest.graphs["vision_encoder"].outputs["image_features"].split("[")[0]
         self._empty = np.zeros((1, d.num_image_tokens, d.hidden_size), features_type)  # [1, P, D]
@@ -102,15 +105,18 @@ class CapturedVision:
         self._binding.bind_ortvalue_input("pixel_values", self._pixels)
         self._binding.bind_ortvalue_output("image_features", self._features)
 
-    def encode(self, pixel_values: NDArray[np.float32]) -> DeviceFeatures:
-        """Encode one picture, float32 [1, 3, R, R]."""
-        with self._runner.lock:
+    def encode(self, pixel_values: NDArray[np.float32]) -> Features:
+        """Encode pictures, float32 [B, 3, R, R]; the features of a single one stay on the device."""
+        with self.runner.lock:
             try:
+                if len(pixel_values) > 1:
+                    features: NDArray[Any] = self._session.run(None, {"pixel_values": pixel_values}, self.runner.no_graph)[0]
+                    return features
                 self._pixels.update_inplace(np.ascontiguousarray(pixel_values))
-                self._runner.run(self._session, self._binding, self._id)
+                self.runner.run(self._session, self._binding, self._id)
                 # a copy on the device: the next picture is written to the same address
-                features = to_device(self._target, self._empty.copy())
-                features.update_inplace(self._features)
+                copy = to_device(self._target, self._empty.copy())
+                copy.update_inplace(self._features)
             except Exception as error:
                 raise failure("the vision encoder fails", self._target, error) from error
-        return DeviceFeatures(features)
+        return DeviceFeatures(copy)

@@ -1,132 +1,123 @@
-"""The token loop: prompts in, ids out. It knows ids and tensors, no text and no pictures."""
+"""What is done with each token of a sequence: ids and logits only, no text and no pictures."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgfast.types import GenerateOptions
 
-from .decoder import Decoder
 from .sampling import log_softmax, sample
 
 StopCheck = Callable[[Sequence[int]], bool]
 """Says whether the ids generated so far contain a stop text."""
 
 
-@dataclass(slots=True)
-class Row:
-    """What one row of the batch has generated so far."""
+class Position(Protocol):
+    """Where a sequence stands in the decoder."""
 
-    token_ids: list[int] = field(default_factory=list)
-    token_logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
+    def logits(self) -> NDArray[np.float32]:
+        """Return float32 [V] of the last position."""
+        ...
 
-
-@dataclass(slots=True)
-class Clock:
-    """`time.perf_counter` readings of one generation."""
-
-    start: float = 0.0
-    first_token: float = 0.0
-    end: float = 0.0
+    def rewind(self, depth: int) -> None:
+        """Forget all but the prompt and the first `depth` tokens after it."""
+        ...
 
 
-def generate(
-    decoder: Decoder,
-    image_features: NDArray[Any],
-    prompts: list[list[int]],
-    options: GenerateOptions,
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    stopped: StopCheck,
-    clock: Clock,
-) -> Generator[list[Row]]:
-    """Generate, yielding the rows after every token (the same objects each time).
+class Row(Protocol):
+    """One sequence; it decides which token follows."""
+
+    @property
+    def ahead(self) -> int:
+        """How many steps the device may take feeding its most probable token back; 0: the next token comes from here."""
+        ...
+
+    def advance(self, token: int, logprob: float, position: Position) -> int | None:
+        """Take the result of a run.
+
+        Args:
+            token: The most probable token.
+            logprob: Its natural log-probability.
+            position: For what those two do not say.
+
+        Returns:
+            The token to append next; None: the sequence is complete.
+        """
+        ...
+
+
+class Generation:
+    """Greedy or sampled tokens, up to the end token, a stop text or a number.
 
     Args:
-        decoder: Owns session and cache.
-        image_features: [B, P, D].
-        prompts: Ids of each row.
         options: Sampling and stop texts.
-        max_new_tokens: Upper bound for every row.
-        eos_id: Ends a row.
-        stopped: Called with a row's ids when there are stop texts.
-        clock: Filled in.
+        max_new_tokens: Upper bound.
+        eos_id: The end token.
+        stopped: Asked after each token when there are stop texts.
     """
-    rows = [Row() for _ in prompts]
-    # a generator per row: the same seed gives the same text in any batch
-    rngs = [np.random.default_rng(options.seed) for _ in rows]
-    clock.start = time.perf_counter()
-    chosen = decoder.prompt(image_features, prompts)
-    for count in range(1, max_new_tokens + 1):
-        # 1) Choose: greedy reads two numbers per row, sampling needs the logits.
-        logprobs: NDArray[Any]
-        if options.temperature > 0:
-            tokens, logprobs = _sample_rows(_logits(decoder, len(rows)), options, rngs)
-        else:
-            tokens, logprobs = chosen.tokens[0], chosen.logprobs[0]
-        if count == 1:
-            clock.first_token = time.perf_counter()
-        # 2) Record, row by row; finished rows are computed along and ignored.
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            if row.finish_reason is not None:
-                continue
-            row.token_ids.append(token)
-            row.token_logprobs.append(logprob)
-            if token == eos_id or (options.stop and stopped(row.token_ids)):
-                row.finish_reason = "stop"
-            elif count == max_new_tokens:
-                row.finish_reason = "length"
-        clock.end = time.perf_counter()
-        yield rows
-        if all(row.finish_reason is not None for row in rows):
-            return
-        # 3) One position per run; the cache stays where it is.
-        chosen = decoder.step(len(rows), tokens if options.temperature > 0 else None)
+
+    def __init__(self, options: GenerateOptions, *, max_new_tokens: int, eos_id: int, stopped: StopCheck) -> None:
+        self.token_ids: list[int] = []
+        self.token_logprobs: list[float] = []
+        self.finish_reason: str | None = None
+        self._options, self._max_new_tokens, self._eos_id, self._stopped = options, max_new_tokens, eos_id, stopped
+        # a generator per row: the same seed gives the same text in any company
+        self._rng = np.random.default_rng(options.seed) if options.temperature > 0 else None
+
+    @property
+    def ahead(self) -> int:
+        """To the limit when greedy (see `Row`); with stop texts only 1, because any token may be the last."""
+        if self._rng is not None:
+            return 0
+        return 1 if self._options.stop else self._max_new_tokens - len(self.token_ids)
+
+    def advance(self, token: int, logprob: float, position: Position) -> int | None:
+        """Choose and record a token (see `Row`)."""
+        if self._rng is not None:
+            o, logits = self._options, position.logits()
+            token = sample(logits, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, rng=self._rng)
+            logprob = float(log_softmax(logits)[token])
+        self.token_ids.append(token)
+        self.token_logprobs.append(logprob)
+        if token == self._eos_id or (self._options.stop and self._stopped(self.token_ids)):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self._max_new_tokens:
+            self.finish_reason = "length"
+        return token if self.finish_reason is None else None
 
 
-def _logits(decoder: Decoder, rows: int) -> NDArray[np.float32]:
-    return np.stack([decoder.logits(row) for row in range(rows)])  # [B, V]
+class ChoiceScores:
+    """Exact log-probability of every token of given continuations, with one run of the prompt.
 
-
-def _sample_rows(
-    logits: NDArray[np.float32], options: GenerateOptions, rngs: Sequence[np.random.Generator]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    drawn = [
-        sample(row, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, rng=rng)
-        for row, rng in zip(logits, rngs, strict=True)
-    ]
-    tokens = np.array(drawn, dtype=np.int64)
-    return tokens, np.take_along_axis(log_softmax(logits), tokens[:, None], axis=1)[:, 0]
-
-
-def score_choices(
-    decoder: Decoder, image_features: NDArray[Any], prompt: list[int], choices: Sequence[Sequence[int]]
-) -> list[list[float]]:
-    """Score given continuations of one prompt exactly: log-probability of every token of every choice.
+    The choices are a tree of tokens. It is walked depth first, rewinding to the parent of the next node, so what
+    choices have in common runs once and all of it in one slot.
 
     Args:
-        decoder: Owns session and cache.
-        image_features: [1, P, D].
-        prompt: Ids of the prompt.
-        choices: Ids of each choice, end token included.
+        choices: Ids of each choice, end token included; no choice is the beginning of another.
     """
-    batch = len(choices)
-    decoder.prompt(np.repeat(image_features, batch, axis=0), [prompt] * batch)
-    longest = max(map(len, choices))
-    scores: list[list[float]] = [[] for _ in choices]
-    for position in range(longest):
-        logprobs = log_softmax(_logits(decoder, batch))  # [B, V]
-        for row, ids in enumerate(choices):
-            if position < len(ids):
-                scores[row].append(float(logprobs[row, ids[position]]))
-        if position + 1 < longest:
-            decoder.step(batch, np.array([ids[min(position, len(ids) - 1)] for ids in choices], dtype=np.int64))
-    return scores
+
+    ahead = 0
+
+    def __init__(self, choices: Sequence[Sequence[int]]) -> None:
+        self.scores: list[list[float]] = [[] for _ in choices]
+        """Natural log-probabilities, token by token."""
+        self.choices = [tuple(ids) for ids in choices]
+        # in sorted order every node comes after its parent and before the next sibling of any ancestor
+        self._nodes = sorted({ids[:depth] for ids in self.choices for depth in range(1, len(ids))}, reverse=True)
+        self._node: tuple[int, ...] = ()
+
+    def advance(self, token: int, logprob: float, position: Position) -> int | None:
+        """Score what may follow this node and go to the next (see `Row`)."""
+        logprobs, depth = log_softmax(position.logits()), len(self._node)  # [V]
+        for ids, scores in zip(self.choices, self.scores, strict=True):
+            if ids[:depth] == self._node:
+                scores.append(float(logprobs[ids[depth]]))
+        if not self._nodes:
+            return None
+        self._node = self._nodes.pop()
+        position.rewind(len(self._node) - 1)
+        return self._node[-1]

@@ -29,6 +29,9 @@ STEP = "decoder_step"
 
 CPU_SLOTS, GPU_SLOTS = 16, 32
 """Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
+TOGETHER = 4
+"""Pictures, and prompts, of one batch that share a run: small models gain, and large ones, where arithmetic is the limit,
+lose nothing. With fixed shapes it is 1, because every number would be an engine of its own."""
 GPU_CACHE_BYTES = 2**30
 """On a GPU slots are memory from the start, so large pictures get fewer."""
 
@@ -63,10 +66,10 @@ class Model:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
-        self._vision: CapturedVision | None = None
         self._weights: SharedWeights | None = None
+        self._captured: CapturedVision | None = None
         if target.name == "cuda" and STEP in bundle.manifest.graphs:
-            self._open_captured()
+            self._captured = self._open_captured()
         # what does not load or run here should fail now, not at the first question
         if target.static_shapes:
             size = bundle.manifest.image.size
@@ -74,38 +77,39 @@ class Model:
         else:
             self._session("vision_encoder", None)
             self._session("decoder", None)
-        self.decoder = self.new_decoder()
+        slots = slots_of(bundle.manifest, target)
+        self.decoder: Decoder
+        if self._captured is not None:
+            sessions = self._session("decoder", None), self._session(STEP, None)
+            self.decoder = CudaDecoder(bundle.manifest, target, *sessions, self._captured.runner, slots)
+        else:
+            self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
+        self.together = 1 if target.static_shapes else TOGETHER
+        """Pictures, and prompts, of one batch that may share a run."""
 
-    def _open_captured(self) -> None:
+    def _open_captured(self) -> CapturedVision:
         """Open what runs as CUDA graphs: prompts, single tokens with the same weights, and pictures."""
-        manifest = self._bundle.manifest
-        places = manifest.graphs[STEP].weights or {}
-        self._weights = SharedWeights(self._bundle.path(f"{manifest.graphs['decoder'].file}.data"), places, self._target)
-        plain = self._target
-        self._target = dataclasses.replace(plain, cuda_graph=True)
+        manifest, plain = self._bundle.manifest, self._target
+        data = self._bundle.path(f"{manifest.graphs['decoder'].file}.data")
+        self._weights = SharedWeights(data, manifest.graphs[STEP].weights or {}, plain)
+
+        def open_on(target: Target) -> CapturedVision:
+            self._target = target
+            self._session("decoder", None)
+            self._session(STEP, None)
+            return CapturedVision(self._session("vision_encoder", None), manifest, target, GraphRunner(target))
+
         try:
-            sessions = [self._session(graph, None) for graph in ("decoder", STEP, "vision_encoder")]
+            return open_on(dataclasses.replace(plain, cuda_graph=True))
         except ProviderError as error:
             logger.warning("CUDA graphs do not work here, so every token takes longer: %s", error)
-            self._target = plain
             self._sessions.clear()
-            sessions = [self._session(graph, None) for graph in ("decoder", STEP, "vision_encoder")]
-        self._runner = GraphRunner(self._target)
-        self._vision = CapturedVision(sessions[-1], manifest, self._target, self._runner)
-
-    def new_decoder(self) -> Decoder:
-        """Return a decoder with a cache of its own, for a generation that others may interrupt."""
-        manifest, target = self._bundle.manifest, self._target
-        if self._vision is not None:
-            sessions = self._session("decoder", None), self._session(STEP, None)
-            return CudaDecoder(manifest, target, *sessions, self._runner, slots_of(manifest, target))
-        return Decoder(manifest, target, lambda shapes: self._session("decoder", shapes), slots_of(manifest, target))
+            return open_on(plain)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> Features:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
-        if self._vision is not None:
-            encoded = [self._vision.encode(pixels[None]) for pixels in pixel_values]
-            return encoded[0] if len(encoded) == 1 else np.concatenate([np.asarray(features) for features in encoded])
+        if self._captured is not None:
+            return self._captured.encode(pixel_values)
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:

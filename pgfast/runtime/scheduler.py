@@ -1,0 +1,296 @@
+"""Requests of all callers in one running batch: each joins between two tokens of the others and leaves when it is done.
+
+One thread owns the decoder (CUDA graphs belong to a thread, too). Callers hand it a request and wait on their ticket. Between
+two steps it lets newcomers in, first come, first served, into the lowest free slots.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from itertools import islice, takewhile
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgfast.errors import OverloadedError, PgfastError
+
+from .decoder import Chosen
+from .generation import Row
+
+
+class Slots(Protocol):
+    """What the scheduler needs of a decoder (`Decoder` says what each does)."""
+
+    slots: int
+
+    def prompt(self, image_features: NDArray[Any], prompts: list[list[int]], first: int = 0) -> Chosen: ...  # noqa: D102
+    def step(self, rows: int, tokens: NDArray[np.int64] | None = None, burst: int = 1) -> Chosen: ...  # noqa: D102
+    def logits(self, row: int) -> NDArray[np.float32]: ...  # noqa: D102
+    def rewind(self, row: int, length: int) -> None: ...  # noqa: D102
+    def release(self, row: int) -> None: ...  # noqa: D102
+
+
+class Ticket:
+    """One request, from `Scheduler.submit` to its end; it is also the request's position in the decoder."""
+
+    def __init__(self, scheduler: Scheduler, row: Row, image_features: NDArray[Any], prompt: list[int]) -> None:
+        self.row = row
+        self.begun = self.first_token = self.ended = 0.0
+        """`time.perf_counter` when the prompt's run began, when the first token was there, and at the last one."""
+        self.streaming = self.patient = False
+        self.on_start: Callable[[], None] | None = None
+        self.image_features: NDArray[Any] | None = image_features
+        self.prompt = prompt
+        self.error: BaseException | None = None
+        self.cancelled = self.finished = False
+        self.slot = -1
+        self.prompt_length = image_features.shape[1] + len(prompt)
+        self._scheduler = scheduler
+        # a put for each token when streaming, and one at the end
+        self.news: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def wait(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            PgfastError: A run failed, the request was cancelled, or the engine was closed.
+        """
+        for _ in self.progress():
+            pass
+
+    def progress(self) -> Generator[bool]:
+        """Yield whether `row` is complete, each time that it has changed; leaving early cancels the request.
+
+        Raises:
+            PgfastError: As in `wait`.
+        """
+        finished = False
+        try:
+            while not finished:
+                self.news.get()
+                finished = self.finished
+                if self.error is not None:
+                    raise self.error
+                yield finished
+        finally:
+            self.news.put(None)  # for whoever else waits
+            self.cancel()  # the reader was interrupted or has enough; otherwise nothing happens
+
+    def cancel(self) -> None:
+        """Free the slot, or the place in the queue; nothing happens to a request that is finished."""
+        self._scheduler.cancel(self)
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return float32 [V] of the last position; for the row, while it advances."""
+        return self._scheduler.decoder.logits(self.slot)
+
+    def rewind(self, depth: int) -> None:
+        """Forget all but the prompt and `depth` tokens; for the row, while it advances."""
+        self._scheduler.decoder.rewind(self.slot, self.prompt_length + depth)
+
+    def start(self) -> None:
+        """Leave the queue: the features are not needed after the prompt."""
+        self.image_features = None
+        if self.on_start is not None:
+            self.on_start()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Tell those who wait."""
+        self.error = error
+        self.finished = True
+        self.news.put(None)
+
+
+class Scheduler:
+    """The queue, the slots, and the thread that runs them, started by the first request.
+
+    Args:
+        decoder: Owned by the thread from now on.
+        max_waiting: Refuse requests when so many wait for a slot; None: never.
+        together: Patient newcomers whose prompts may share a run. For the others that would only be fair if two prompts
+            took no longer than one, and arithmetic limits a prompt.
+        max_burst: Steps that may run without a look at their tokens, when nobody could join or leave meanwhile.
+    """
+
+    def __init__(self, decoder: Slots, *, max_waiting: int | None = None, together: int = 1, max_burst: int = 1) -> None:
+        self.decoder = decoder
+        self.max_waiting = max_waiting
+        self._together, self._max_burst = together, max_burst
+        self._changed = threading.Condition()  # guards the next three
+        self._waiting: deque[Ticket] = deque()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        # the thread's own
+        self._running: dict[int, Ticket] = {}
+        self._next = np.zeros(decoder.slots, np.int64)  # token to append to each slot
+
+    def submit(
+        self,
+        row: Row,
+        image_features: NDArray[Any],
+        prompt: list[int],
+        *,
+        streaming: bool = False,
+        patient: bool = False,
+        on_start: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Put a request at the end of the queue.
+
+        Args:
+            row: Takes the tokens, in the scheduler's thread.
+            image_features: [1, P, D].
+            prompt: Ids, `<bos>` to newline.
+            streaming: Let `Ticket.progress` report every token, not only the end.
+            patient: The caller waits for many others too, so these may be let in before it goes on.
+            on_start: Called when the request leaves the queue, in whatever way.
+
+        Raises:
+            OverloadedError: Too many are waiting.
+            PgfastError: The scheduler is closed.
+        """
+        ticket = Ticket(self, row, image_features, prompt)
+        ticket.streaming, ticket.patient, ticket.on_start = streaming, patient, on_start
+        with self._changed:
+            if self._closed:
+                raise _closed()
+            if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
+                raise OverloadedError(f"{len(self._waiting)} requests are waiting already: try again later")
+            self._waiting.append(ticket)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="pgfast-scheduler", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take a request out; one that is running leaves before the next step."""
+        with self._changed:
+            if ticket.finished:
+                return
+            ticket.cancelled = True
+            if ticket not in self._waiting:
+                return
+            self._waiting.remove(ticket)
+        ticket.start()
+        ticket.finish(_cancelled())
+
+    def close(self) -> None:
+        """Fail all requests and end the thread, after the run that it is in; again: nothing."""
+        with self._changed:
+            self._closed = True
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify()
+        for ticket in left:
+            ticket.start()
+            ticket.finish(_closed())
+        # the last reference to an engine may be dropped in the thread itself
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._closed):
+                    self._changed.wait()
+                if self._closed:
+                    break
+            try:
+                self._drop_cancelled()
+                self._admit()
+                if self._running:
+                    self._step()
+            except Exception as error:  # noqa: BLE001 - it belongs to those who wait; the next requests may be luckier
+                self._fail_running(error)
+        self._fail_running(_closed())
+
+    def _drop_cancelled(self) -> None:
+        for slot, ticket in list(self._running.items()):
+            if ticket.cancelled:
+                self._leave(slot, ticket, _cancelled())
+
+    def _admit(self) -> None:
+        """Run the prompts of newcomers: one between two steps, more only while nobody minds."""
+        while True:
+            first, room = self._free_slots()
+            with self._changed:
+                patient = takewhile(lambda ticket: ticket.patient, islice(self._waiting, min(room, self._together)))
+                count = max(len(list(patient)), 1) if self._waiting and room else 0
+                newcomers = {first + i: self._waiting.popleft() for i in range(count)}
+                self._running |= newcomers  # under the lock: a ticket is always in one of the two
+            if not newcomers:
+                return
+            parts: list[Any] = [ticket.image_features for ticket in newcomers.values()]
+            # one alone as it is: it may be on the device
+            features = np.concatenate(parts) if len(parts) > 1 else parts[0]  # [B, P, D]
+            prompts = [ticket.prompt for ticket in newcomers.values()]
+            for ticket in newcomers.values():
+                ticket.start()
+            begun = time.perf_counter()
+            chosen = self.decoder.prompt(features, prompts, first)
+            now = time.perf_counter()
+            for (slot, ticket), token, logprob in zip(
+                newcomers.items(), chosen.tokens[0].tolist(), chosen.logprobs[0].tolist(), strict=True
+            ):
+                ticket.begun, ticket.first_token, ticket.slot = begun, now, slot
+                self._advance(slot, ticket, token, logprob, now)
+            if not all(ticket.patient for ticket in self._running.values()):
+                return
+
+    def _free_slots(self) -> tuple[int, int]:
+        """Return the lowest free slot and how many are free from there on."""
+        first = next((slot for slot in range(self.decoder.slots) if slot not in self._running), self.decoder.slots)
+        end = next((slot for slot in range(first, self.decoder.slots) if slot in self._running), self.decoder.slots)
+        return first, end - first
+
+    def _step(self) -> None:
+        ahead = min(ticket.row.ahead for ticket in self._running.values())
+        tokens = self._next[: max(self._running) + 1]
+        chosen = self.decoder.step(len(tokens), None if ahead else tokens, self._burst(ahead))
+        now = time.perf_counter()
+        for best, logprobs in zip(chosen.tokens.tolist(), chosen.logprobs.tolist(), strict=True):
+            for slot, ticket in list(self._running.items()):
+                self._advance(slot, ticket, best[slot], logprobs[slot], now)
+
+    def _burst(self, ahead: int) -> int:
+        """How many steps to run at once: more than one only if no token is needed here and nobody waits.
+
+        A row may end within a burst, but none may run out of room: `ahead` is the nearest limit.
+        """
+        return 1 if self._waiting else max(1, min(self._max_burst, ahead))
+
+    def _advance(self, slot: int, ticket: Ticket, token: int, logprob: float, now: float) -> None:
+        try:
+            following = ticket.row.advance(token, logprob, ticket)
+        except Exception as error:  # noqa: BLE001 - this request's own
+            self._leave(slot, ticket, error)
+            return
+        ticket.ended = now
+        if following is None:
+            self._leave(slot, ticket, None)
+            return
+        self._next[slot] = following
+        if ticket.streaming:
+            ticket.news.put(None)
+
+    def _leave(self, slot: int, ticket: Ticket, error: BaseException | None) -> None:
+        del self._running[slot]
+        self.decoder.release(slot)
+        ticket.finish(error)
+
+    def _fail_running(self, error: BaseException) -> None:
+        for slot, ticket in list(self._running.items()):
+            self._leave(slot, ticket, error)
+
+
+def _closed() -> PgfastError:
+    return PgfastError("the engine is closed: load the bundle again")
+
+
+def _cancelled() -> PgfastError:
+    return PgfastError("the request was cancelled")
