@@ -52,7 +52,7 @@ class CudaDecoder(Decoder):
         self, manifest: Manifest, target: Target, prompt_session: Any, step_session: Any, runner: GraphRunner, slots: int = 1
     ) -> None:
         super().__init__(manifest, target, lambda shapes: prompt_session, slots)
-        self._prompt_session, self._step_session, self._runner = prompt_session, step_session, runner
+        self._prompt_session, self._step_session, self.runner = prompt_session, step_session, runner
         self._latest = np.zeros(slots, np.int64)  # token of each slot that the next step appends
         self._in_place = False  # whether the device has `_latest` and the lengths
         self._position = 0  # place in the ring that holds the latest tokens
@@ -73,7 +73,7 @@ class CudaDecoder(Decoder):
         count = len(prompts)
         assert count == image_features.shape[0]
         assert 0 <= first <= self.slots - count
-        with self._runner.lock:
+        with self.runner.lock:
             self._allocate()
             inputs = self._prompt_inputs(prompts, image_features.shape[1], padded=True)
             width = inputs["input_ids"].shape[1]
@@ -106,7 +106,7 @@ class CudaDecoder(Decoder):
             self._latest[:rows], self._in_place = tokens, False
         count = _bucket(rows, self.slots)
         chosen = Chosen(np.empty((burst, rows), np.int64), np.empty((burst, rows), np.float32))
-        with self._runner.lock:
+        with self.runner.lock:
             for first in range(0, burst, RING):
                 runs = self._prepare(count, min(RING, burst - first))
                 for number, run in enumerate(runs):
@@ -137,15 +137,15 @@ class CudaDecoder(Decoder):
     def _prepare(self, count: int, steps: int) -> list[_Bound]:
         """Return the next runs; afterwards the device has all that they need."""
         runs = [self._bind_step(count, (self._position + number) % RING) for number in range(steps)]
-        if self._in_place and not any(self._runner.needs_capture(run.graph_id) for run in runs):
+        if self._in_place and not any(self.runner.needs_capture(run.graph_id) for run in runs):
             return runs
         self._position = 0
         runs = [self._bind_step(count, number) for number in range(steps)]
-        if any(self._runner.needs_capture(run.graph_id) for run in runs):
+        if any(self.runner.needs_capture(run.graph_id) for run in runs):
             # a capture runs steps: in the last place of the cache, which a row that can still be continued has not reached
             self._index.write(0, np.full(self.slots, self._manifest.cache_length - 1, np.int32))
             for run in runs:
-                if self._runner.needs_capture(run.graph_id):
+                if self.runner.needs_capture(run.graph_id):
                     self._launch(self._step_session, run)
         self._tokens.write(0, np.tile(self._latest, RING)[:, None])
         self._index.write(0, np.maximum(self._lengths - 1, 0).astype(np.int32))
@@ -154,7 +154,7 @@ class CudaDecoder(Decoder):
 
     def _launch(self, session: Any, run: _Bound, *, wait: bool = True) -> None:
         try:
-            self._runner.run(session, run.binding, run.graph_id, wait=wait)
+            self.runner.run(session, run.binding, run.graph_id, wait=wait)
         except Exception as error:
             self._lengths[:], self._in_place = 0, False  # whatever is in the cache now is of no use
             raise failure("the decoder fails", self._target, error) from error
@@ -186,7 +186,7 @@ class CudaDecoder(Decoder):
         self._bind_cache(binding, first, count)
         if (count, first) != (1, 0):
             return _Bound(binding, NO_GRAPH, values)
-        self._prompts[width] = _Bound(binding, self._runner.new_id(), values)
+        self._prompts[width] = _Bound(binding, self.runner.new_id(), values)
         return self._prompts[width]
 
     def _bind_step(self, count: int, place: int) -> _Bound:
@@ -203,7 +203,7 @@ class CudaDecoder(Decoder):
             self._index.bind_output(binding, "next_index", 0, (count,))
             self._bind_logits(binding, count)
             self._bind_cache(binding, 0, count)
-            self._bursts[key] = _Bound(binding, self._runner.new_id(), {})
+            self._bursts[key] = _Bound(binding, self.runner.new_id(), {})
         return self._bursts[key]
 
     def _bind_logits(self, binding: Any, count: int) -> None:

@@ -50,6 +50,10 @@ class GraphRunner:
         """Whether the next run of this id executes the model several times: warm-up, capture, launch."""
         return self._enabled and graph_id not in self._captured
 
+    def disable(self) -> None:
+        """Run everything kernel by kernel from now on."""
+        self._enabled = False
+
     def run(self, session: Any, binding: Any, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
         """Run a binding.
 
@@ -67,7 +71,7 @@ class GraphRunner:
             if graph_id == NO_GRAPH or graph_id in self._captured:
                 raise
             logger.warning("CUDA graphs do not work here, so every token takes longer: %s", " ".join(str(error).split())[:300])
-            self._enabled = False
+            self.disable()
             self.run(session, binding, wait=wait)
         else:
             self._captured.add(graph_id)

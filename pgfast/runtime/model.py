@@ -63,7 +63,7 @@ class Model:
     """
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None = None) -> None:
-        self._bundle, self._target, self._threads = bundle, target, threads
+        self.bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
         self._weights: SharedWeights | None = None
@@ -89,8 +89,8 @@ class Model:
 
     def _open_captured(self) -> CapturedVision:
         """Open what runs as CUDA graphs: prompts, single tokens with the same weights, and pictures."""
-        manifest, plain = self._bundle.manifest, self._target
-        data = self._bundle.path(f"{manifest.graphs['decoder'].file}.data")
+        manifest, plain = self.bundle.manifest, self._target
+        data = self.bundle.path(f"{manifest.graphs['decoder'].file}.data")
         self._weights = SharedWeights(data, manifest.graphs[STEP].weights or {}, plain)
 
         def open_on(target: Target) -> CapturedVision:
@@ -122,8 +122,8 @@ class Model:
         key = (graph, tuple((name, tuple(shape)) for name, shape in shapes.items()) if shapes else None)
         with self._opening:
             if key not in self._sessions:
-                spec = self._bundle.manifest.graphs[graph]
-                path = self._bundle.path(spec.file)
+                spec = self.bundle.manifest.graphs[graph]
+                path = self.bundle.path(spec.file)
                 weights = self._weights.initializers if self._weights is not None and graph != "vision_encoder" else None
                 self._sessions[key] = open_session(
                     path, spec, self._target, threads=self._threads, shapes=shapes, weights=weights
