@@ -59,7 +59,8 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
     failures: list[str] = []
     for name in candidates(provider, manifest.dialect):
         cache = engine_cache(name, opened.folder, manifest.digest())
-        target = Target(name, device_id, fp16=manifest.cache_type == "float16", cache_dir=cache)
+        halves = {"fp16": manifest.cache_type == "float16", "bf16": manifest.cache_type == "bfloat16"}
+        target = Target(name, device_id, **halves, cache_dir=cache)
         try:
             check_available(name)
             engine = Engine(opened, target, threads)

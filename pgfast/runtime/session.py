@@ -57,7 +57,9 @@ def open_session(
         options.add_initializer(name, value)
     if target.static_shapes:
         target.cache_dir.mkdir(parents=True, exist_ok=True)
-    providers = target.ort_providers(shapes, _session_name(path, shapes))
+    data = path.with_name(f"{path.name}.data")
+    large = data.exists() and data.stat().st_size >= 2**31 - 2**20
+    providers = target.ort_providers(shapes, _session_name(path, shapes), large=large)
     try:
         if target.name == "tensorrt-rtx":
             options.add_provider_for_devices([rtx_devices(ort)[target.device_id]], providers[0][1])
