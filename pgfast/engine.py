@@ -105,7 +105,7 @@ class Engine:
         self._tokenizer.check_ids(manifest.dimensions.vocab_size)
         self._model = Model(bundle, target, threads)
         self._pictures = PictureEncoder(manifest, self._model)
-        self._scheduler = Scheduler(self._model.decoder, together=self._model.together)
+        self._scheduler = Scheduler(self._model.decoder, together=self._model.together, turns=self._model.turns)
         # also before the interpreter ends: a thread that is inside onnxruntime then would crash it
         weakref.finalize(self, self._scheduler.close)
 
@@ -186,7 +186,7 @@ class Engine:
         asked: list[_Question] = []
         answers: list[Answer] = []
         recent: dict[int, EncodedImage] = {}
-        # pictures are encoded here, beside the decoder's thread, and only a few ahead of it
+        # pictures are encoded here, and only a few ahead of the decoder's thread
         room = threading.Semaphore(ENCODED_AHEAD)
         try:
             for first in range(0, len(questions), self._model.together):

@@ -48,7 +48,7 @@ class PictureEncoder:
         """
         start = time.perf_counter()
         recent = {} if recent is None else recent
-        known = {id(image): recent.pop(id(image), image) for image in images}
+        known = {id(image): recent.get(id(image), image) for image in images}
         found = {key: image for key, image in known.items() if isinstance(image, EncodedImage) and self._own(image)}
         opened = {key: open_image(image) for key, image in known.items() if not isinstance(image, EncodedImage)}
         preprocess = vision = 0.0
@@ -61,7 +61,9 @@ class PictureEncoder:
                 # one picture may still be on the device, an array to all who look: it has a shape, and numpy reads it
                 own = cast("NDArray[Any]", features) if len(opened) == 1 else np.asarray(features)[i : i + 1]
                 found[key] = EncodedImage(own, picture.width, picture.height, self._bundle_id)
-        recent |= found
+        for key, encoded in found.items():  # to the end of the line
+            recent.pop(key, None)
+            recent[key] = encoded
         for key in list(recent)[:-RECENT]:
             del recent[key]
         return [found[id(image)] for image in images], (preprocess, vision)

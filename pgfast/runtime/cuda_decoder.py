@@ -56,7 +56,7 @@ class CudaDecoder(Decoder):
         self._latest = np.zeros(slots, np.int64)  # token of each slot that the next step appends
         self._in_place = False  # whether the device has `_latest` and the lengths
         self._position = 0  # place in the ring that holds the latest tokens
-        self._prompts: dict[int, _Bound] = {}  # by width
+        self._captured_prompts: dict[int, _Bound] = {}  # by width
         self._bursts: dict[tuple[int, int], _Bound] = {}  # by rows and place in the ring
         self._logits: dict[int, SlotBuffer] = {}  # by rows
         self._logits_of: tuple[int, int] = (1, 0)  # rows of the last run, its first slot
@@ -77,7 +77,7 @@ class CudaDecoder(Decoder):
             self._allocate()
             inputs = self._prompt_inputs(prompts, image_features.shape[1], padded=True)
             width = inputs["input_ids"].shape[1]
-            bound = self._prompts.get(width) if (count, first) == (1, 0) else None
+            bound = self._captured_prompts.get(width) if (count, first) == (1, 0) else None
             if bound is None:
                 bound = self._bind_prompt(inputs, image_features.shape, first)
             for name, value in inputs.items():
@@ -186,8 +186,8 @@ class CudaDecoder(Decoder):
         self._bind_cache(binding, first, count)
         if (count, first) != (1, 0):
             return _Bound(binding, NO_GRAPH, values)
-        self._prompts[width] = _Bound(binding, self.runner.new_id(), values)
-        return self._prompts[width]
+        self._captured_prompts[width] = _Bound(binding, self.runner.new_id(), values)
+        return self._captured_prompts[width]
 
     def _bind_step(self, count: int, place: int) -> _Bound:
         """Bind a step of `count` rows that takes its tokens from one place of the ring and leaves them in the next."""

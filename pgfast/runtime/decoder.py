@@ -65,6 +65,7 @@ class Decoder:
         self._lengths = np.zeros(slots, dtype=np.int64)  # valid positions of each slot; 0: free
         self._caches: dict[str, SlotBuffer] = {}
         self._outputs: dict[str, SlotBuffer] = {}
+        self._prompts: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         self._steps: dict[int, _StepRun] = {}
 
     def prompt(self, image_features: Features, prompts: list[list[int]], first: int = 0) -> Chosen:
@@ -81,7 +82,11 @@ class Decoder:
         self._allocate()
         inputs: dict[str, NDArray[Any]] = self._prompt_inputs(prompts, num_image_tokens, padded=self._target.static_shapes)
         inputs["image_features"] = np.ascontiguousarray(image_features, self._features_type)
-        session, binding = self._bind({name: value.shape for name, value in inputs.items()}, first, batch)
+        # bound once per place: with a hundred tensors that takes longer than a small model's run
+        place = (first, batch, inputs["input_ids"].shape[1] if self._target.static_shapes else 0)
+        if place not in self._prompts:
+            self._prompts[place] = self._bind({name: value.shape for name, value in inputs.items()}, first, batch)
+        session, binding = self._prompts[place]
         values = {name: self._on_device(value) for name, value in inputs.items()}  # a binding alone does not keep them
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .decoder import Decoder
 from .providers import Shapes, Target
 from .session import failure, open_session
 from .shared_weights import SharedWeights
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,10 @@ class Model:
         self.bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
+        self.turns: AbstractContextManager[Any] = Turns() if target.name == "cpu" else nullcontext()
+        """To be held for a run of either graph. On the CPU each has threads for all cores: at the same time both are slower
+        than one after the other."""
+        self._picture = threading.Lock()  # one asks for a turn at a time, so that the decoder has every second one
         self._weights: SharedWeights | None = None
         self._captured: CapturedVision | None = None
         if target.name == "cuda" and STEP in bundle.manifest.graphs:
@@ -113,7 +119,8 @@ class Model:
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:
-            features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
+            with self._picture, self.turns:
+                features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
         except Exception as error:
             raise failure("the vision encoder fails", self._target, error) from error
         return features

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, takewhile
 from typing import Any, Protocol
 
@@ -114,11 +115,21 @@ class Scheduler:
         max_waiting: Refuse requests when so many wait for a slot; None: never.
         together: Patient newcomers whose prompts may share a run. For the others that would only be fair if two prompts
             took no longer than one, and arithmetic limits a prompt.
+        turns: Held for every run of the decoder; None: nothing else runs on its device, or at no cost.
         max_burst: Steps that may run without a look at their tokens, when nobody could join or leave meanwhile.
     """
 
-    def __init__(self, decoder: Slots, *, max_waiting: int | None = None, together: int = 1, max_burst: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Slots,
+        *,
+        max_waiting: int | None = None,
+        together: int = 1,
+        turns: AbstractContextManager[Any] | None = None,
+        max_burst: int = 1,
+    ) -> None:
         self.decoder = decoder
+        self._turns = turns or nullcontext()
         self.max_waiting = max_waiting
         self._together, self._max_burst = together, max_burst
         self._changed = threading.Condition()  # guards the next three
@@ -231,8 +242,9 @@ class Scheduler:
             prompts = [ticket.prompt for ticket in newcomers.values()]
             for ticket in newcomers.values():
                 ticket.start()
-            begun = time.perf_counter()
-            chosen = self.decoder.prompt(features, prompts, first)
+            with self._turns:
+                begun = time.perf_counter()
+                chosen = self.decoder.prompt(features, prompts, first)
             now = time.perf_counter()
             for (slot, ticket), token, logprob in zip(
                 newcomers.items(), chosen.tokens[0].tolist(), chosen.logprobs[0].tolist(), strict=True
@@ -251,7 +263,8 @@ class Scheduler:
     def _step(self) -> None:
         ahead = min(ticket.row.ahead for ticket in self._running.values())
         tokens = self._next[: max(self._running) + 1]
-        chosen = self.decoder.step(len(tokens), None if ahead else tokens, self._burst(ahead))
+        with self._turns:
+            chosen = self.decoder.step(len(tokens), None if ahead else tokens, self._burst(ahead))
         now = time.perf_counter()
         for best, logprobs in zip(chosen.tokens.tolist(), chosen.logprobs.tolist(), strict=True):
             for slot, ticket in list(self._running.items()):
