@@ -18,11 +18,11 @@ import onnx_ir as ir
 
 from pgfast.bundle import Bundle, describe_file
 from pgfast.errors import ExportError
-from pgfast.manifest import MANIFEST, TOKENIZER, Manifest
+from pgfast.manifest import MANIFEST, TOKENIZER, GraphSpec, Manifest
 
 from . import weights
 from .data_file import DataFile
-from .graphs import Graph
+from .graphs import DECODER, Graph, describe
 from .plan import ExportOptions, Plan, bytes_of, make_plan, shape_and_type
 from .storage import Kind
 from .tensorrt_engines import add_engines, check_options
@@ -59,6 +59,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     check_disk(out, plan.total_bytes * (1 + len(capabilities)))
     with appears_whole(out) as partial:
         manifest = dataclasses.replace(plan.manifest, files=_write_files(plan, partial, on_progress))
+        manifest = dataclasses.replace(manifest, graphs=_with_shared_weights(plan))
         manifest = add_engines(manifest, partial, capabilities)
         _write_manifest(manifest, partial)
         # read it back through the runtime's own checks: what it would refuse never gets a name
@@ -80,9 +81,12 @@ def _write_files(plan: Plan, folder: Path, on_progress: Progress) -> dict[str, A
 
     files = {}
     for name, graph in plan.graphs.items():
-        with DataFile(folder / f"{name}.onnx.data", on_bytes) as data:
-            write_weights(graph, plan.rows[name], plan.tensors, data)
-            files[data.path.name] = data.finish()
+        if name not in plan.rows:
+            share_weights(graph, plan.graphs[DECODER])
+        else:
+            with DataFile(folder / f"{name}.onnx.data", on_bytes) as data:
+                write_weights(graph, plan.rows[name], plan.tensors, data)
+                files[data.path.name] = data.finish()
         ir.save(graph.model, folder / f"{name}.onnx")
     shutil.copyfile(plan.source.path / TOKENIZER, folder / TOKENIZER)
     for path in folder.iterdir():
@@ -125,6 +129,28 @@ def write_weights(graph: Graph, rows: Sequence[weights.Row], tensors: Checkpoint
         if (flat := values.pop(f"{name}_rows", None)) is not None:  # the same bytes under another shape
             _point(flat, data, offset)
     assert not values, f"no row of the weight table for {sorted(values)}"
+
+
+def share_weights(graph: Graph, owner: Graph) -> None:
+    """Point the initializers of a graph at those of another, which are in its data file: weights exist once."""
+    theirs = owner.model.graph.initializers
+    for value in graph.parameters():
+        other = theirs[str(value.name)]
+        assert shape_and_type(value) == shape_and_type(other), value.name
+        value.const_value = other.const_value
+
+
+def _with_shared_weights(plan: Plan) -> dict[str, GraphSpec]:
+    """The graphs of the manifest; one that shares the decoder's weights says where they lie, so that the runtime can too."""
+    specs = dict(plan.manifest.graphs)
+    for name in specs.keys() - plan.rows.keys():
+        places = {
+            str(value.name): f"{describe(value)}@{value.const_value.offset}"
+            for value in plan.graphs[name].model.graph.initializers.values()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        }
+        specs[name] = dataclasses.replace(specs[name], weights=places)
+    return specs
 
 
 def _place(value: ir.Value, data: DataFile, pieces: Iterable[Array]) -> int:

@@ -31,6 +31,8 @@ class Positions:
     """ort: int32 [B], valid length - 1."""
     total_length: ir.Value | None = None
     """ort: int32 scalar; N for a prompt (which tells the operator that it is one), T while decoding."""
+    causal: int = 0
+    """ort: 1 where there is one new token. That is the same function, and the one CUDA's fastest decoding kernel computes."""
     position_ids: ir.Value | None = None
     """standard: int64 [B, N], rows of cos and sin."""
     write_indices: ir.Value | None = None
@@ -82,7 +84,7 @@ class SelfAttention(nn.Module):
             scale=c.attention_scale,
             softcap=c.attn_logit_softcapping or 0.0,
             do_rotary=1,
-            causal=0,
+            causal=p.causal,
             _domain=ORT_DOMAIN,
             _outputs=3,
         )
@@ -245,23 +247,37 @@ class Decoder(nn.Module):
         hidden = op.Concat(image_features, self._embed(op, input_ids), axis=1)  # [B, N, D]
         positions = self._positions(op, hidden, past[0][0], write_indices, kv_lengths)
         last = op.Reshape(op.Sub(op.Sub(kv_lengths, write_indices), 1), [-1, 1, 1])  # [B, 1, 1]
+        normed, present = self._run_layers(op, hidden, past, positions, last)
+        return *self._choose(op, normed), present
+
+    def _run_layers(
+        self,
+        op: Op,
+        hidden: ir.Value,
+        past: list[tuple[ir.Value, ir.Value]],
+        positions: Positions,
+        last: ir.Value | None,
+    ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
+        """Layers and final norm; returns ([B, 1, D] of the last position, caches)."""
         residual: ir.Value | None = None
         present = []
         for index, layer in enumerate(self.layers):
             is_last = index == self._config.num_hidden_layers - 1
             hidden, residual, key, value = layer(op, hidden, residual, past[index], positions, last if is_last else None)
             present.append((key, value))
-        normed, _ = self.norm(op, hidden, residual)  # [B, 1, D]
+        normed, _ = self.norm(op, hidden, residual)
+        return normed, present
+
+    def _choose(self, op: Op, normed: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """[B, 1, D] to logits, the greedy choice and its log-probability, so that logits need not leave the device."""
         flat = op.Reshape(normed, [-1, self._config.hidden_size])  # [B, D]
         logits = (self.embed_tokens if self.lm_head is None else self.lm_head)(op, None, flat)
         if self._dtype is not ir.DataType.FLOAT:
             logits = op.Cast(logits, to=ir.DataType.FLOAT.value)
         if (cap := self._config.final_logit_softcapping) is not None:
             logits = op.Mul(op.Tanh(op.Mul(logits, 1 / cap)), cap)
-        # the greedy choice and its log-probability are made here, so that logits need not leave the device
-        highest = op.ReduceMax(logits, [-1], keepdims=1)
-        log_sum = op.Log(op.ReduceSum(op.Exp(op.Sub(logits, highest)), [-1], keepdims=1))
-        return logits, op.ArgMax(logits, axis=-1, keepdims=1), op.Neg(log_sum), present
+        token = op.ArgMax(logits, axis=-1, keepdims=1)
+        return logits, token, op.GatherElements(op.LogSoftmax(logits, axis=-1), token, axis=-1)
 
     def _embed(self, op: Op, input_ids: ir.Value) -> ir.Value:
         """Embed and scale by sqrt(D), rounded to the compute type first (GemmaTextScaledWordEmbedding.forward)."""
@@ -276,7 +292,8 @@ class Decoder(nn.Module):
         slots = op.Shape(past_key, start=2, end=3)  # [1], T
         if self._dialect is Dialect.ORT:
             # from shapes alone, so it stays a host value: on CUDA a computed one would stop graph capture
-            total = op.Cast(op.Squeeze(op.Where(op.Greater(new, 1), new, slots)), to=ir.DataType.INT32.value)
+            one = op.Constant(value=ir.tensor(np.array(1, dtype=np.int64)))  # a plain 1 may become a CastLike, which is one
+            total = op.Cast(op.Squeeze(op.Where(op.Greater(new, one), new, slots)), to=ir.DataType.INT32.value)
             seqlens_k = op.Cast(op.Sub(kv_lengths, 1), to=ir.DataType.INT32.value)
             return Positions(cos, sin, seqlens_k=seqlens_k, total_length=total)
         first = op.Unsqueeze(write_indices, [1])  # [B, 1]

@@ -1,4 +1,4 @@
-"""The two graphs of a bundle: their inputs, outputs and symbolic dimensions are declared here and nowhere else."""
+"""The graphs of a bundle: their inputs, outputs and symbolic dimensions are declared here and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pgfast.manifest import GraphSpec
 
 from .config import PaliGemmaConfig
 from .gemma import Decoder
+from .gemma_step import DecoderStep
 from .layers import IR_VERSION, OPSET, ORT_DOMAIN, PLAIN, Dialect, Linear, VocabularyTable
 from .siglip import VisionEncoder
 from .storage import Storage
 
-VISION_ENCODER, DECODER = "vision_encoder", "decoder"
+VISION_ENCODER, DECODER, DECODER_STEP = "vision_encoder", "decoder", "decoder_step"
 
 
 Dims = Sequence[int | str]
@@ -100,29 +101,67 @@ def build_decoder(
     """
     text = config.text
     int64 = ir.DataType.INT64
-    slots: int | str = cache_length if dialect is Dialect.STANDARD else "T"
-    cache_shape: Dims = ["B", text.num_key_value_heads, slots, text.head_dim]
+    cache_shape = _cache_shape(config, cache_length if dialect is Dialect.STANDARD else "T")
     input_ids = new_value("input_ids", int64, ["B", "S"])
     image_features = new_value("image_features", features_type(dtype), ["B", "P", text.hidden_size])
     write_indices = new_value("write_indices", int64, ["B"])
     kv_lengths = new_value("kv_lengths", int64, ["B"])
-    past = [
-        (new_value(f"past_key_values.{i}.key", dtype, cache_shape), new_value(f"past_key_values.{i}.value", dtype, cache_shape))
-        for i in range(text.num_hidden_layers)
-    ]
+    past = _past(text.num_hidden_layers, dtype, cache_shape)
     inputs = [input_ids, image_features, write_indices, kv_lengths, *(value for pair in past for value in pair)]
     graph = new_graph(DECODER, inputs)
     module = Decoder(text, dtype, dialect, storage, table_storage)
     logits, token, logprob, present = module(GraphBuilder(graph).op, input_ids, image_features, write_indices, kv_lengths, past)
+    outputs = _decoder_outputs(config, dtype, cache_shape, logits, token, logprob, present)
+    return Graph(finish_graph(graph, outputs), _storages(module))
+
+
+def build_decoder_step(
+    config: PaliGemmaConfig, dtype: ir.DataType, cache_length: int, storage: Storage = PLAIN, table_storage: Storage = PLAIN
+) -> Graph:
+    """One new token per row, for CUDA graphs (`DecoderStep.forward` says what goes in and out); the decoder's initializers."""
+    text = config.text
+    cache_shape = _cache_shape(config, cache_length)
+    input_ids = new_value("input_ids", ir.DataType.INT64, ["B", 1])
+    last_index = new_value("last_index", ir.DataType.INT32, ["B"])
+    past = _past(text.num_hidden_layers, dtype, cache_shape)
+    graph = new_graph(DECODER_STEP, [input_ids, last_index, *(value for pair in past for value in pair)])
+    module = DecoderStep(text, dtype, Dialect.ORT, storage, table_storage)
+    op = GraphBuilder(graph).op
+    logits, token, logprob, index, present = module(op, input_ids, last_index, past, cache_length)
+    outputs = _decoder_outputs(config, dtype, cache_shape, logits, token, logprob, present)
+    outputs["next_index"] = (index, ir.DataType.INT32, ["B"])
+    return Graph(finish_graph(graph, outputs), _storages(module))
+
+
+def _cache_shape(config: PaliGemmaConfig, slots: int | str) -> Dims:
+    return ["B", config.text.num_key_value_heads, slots, config.text.head_dim]
+
+
+def _past(layers: int, dtype: ir.DataType, shape: Dims) -> list[tuple[ir.Value, ir.Value]]:
+    def cache(layer: int, part: str) -> ir.Value:
+        return new_value(f"past_key_values.{layer}.{part}", dtype, shape)
+
+    return [(cache(layer, "key"), cache(layer, "value")) for layer in range(layers)]
+
+
+def _decoder_outputs(
+    config: PaliGemmaConfig,
+    dtype: ir.DataType,
+    cache_shape: Dims,
+    logits: ir.Value,
+    token: ir.Value,
+    logprob: ir.Value,
+    present: list[tuple[ir.Value, ir.Value]],
+) -> dict[str, tuple[ir.Value, ir.DataType, Dims]]:
     outputs: dict[str, tuple[ir.Value, ir.DataType, Dims]] = {
-        "logits": (logits, ir.DataType.FLOAT, ["B", text.vocab_size]),
-        "next_token": (token, int64, ["B", 1]),
+        "logits": (logits, ir.DataType.FLOAT, ["B", config.text.vocab_size]),
+        "next_token": (token, ir.DataType.INT64, ["B", 1]),
         "next_token_logprob": (logprob, ir.DataType.FLOAT, ["B", 1]),
     }
     for i, (key, value) in enumerate(present):
         outputs[f"present.{i}.key"] = (key, dtype, cache_shape)
         outputs[f"present.{i}.value"] = (value, dtype, cache_shape)
-    return Graph(finish_graph(graph, outputs), _storages(module))
+    return outputs
 
 
 def features_type(dtype: ir.DataType) -> ir.DataType:
@@ -133,11 +172,11 @@ def features_type(dtype: ir.DataType) -> ir.DataType:
 def graph_spec(graph: Graph, file: str) -> GraphSpec:
     """Describe a graph for the manifest."""
     model = graph.model
-    inputs = {str(value.name): _describe(value) for value in model.graph.inputs}
-    return GraphSpec(file, inputs, {str(value.name): _describe(value) for value in model.graph.outputs})
+    inputs = {str(value.name): describe(value) for value in model.graph.inputs}
+    return GraphSpec(file, inputs, {str(value.name): describe(value) for value in model.graph.outputs})
 
 
-def _describe(value: ir.Value) -> str:
+def describe(value: ir.Value) -> str:
     """Type and shape as text, for example `float16[B, 256, 2048]`."""
     assert value.dtype is not None
     assert value.shape is not None

@@ -17,8 +17,9 @@ from pgfast.prompt import Tokenizer, fill_template
 from . import graphs, weights
 from .checkpoint import CheckpointFolder, locate, read_image_spec
 from .config import PaliGemmaConfig, read_config
+from .layers import Dialect
 from .lora import AdaptedCheckpoint
-from .precision import DIALECT_OF, Precision, check_words, choose
+from .precision import Precision, check_words, choose, dialect_of
 from .tensors import Checkpoint
 
 PROMPTS = {
@@ -66,13 +67,16 @@ class Plan:
     """Complete but for the files."""
     graphs: dict[str, graphs.Graph]
     rows: dict[str, list[weights.Row]]
-    """Where the initializers come from, by graph."""
+    """Where the initializers come from, by graph; a graph that is not here reads those of the decoder."""
 
     @property
     def total_bytes(self) -> int:
         """Size of all weights to write."""
         return sum(
-            bytes_of(value) for graph in self.graphs.values() for value in graph.parameters() if not graph.is_alias(value)
+            bytes_of(value)
+            for graph in map(self.graphs.__getitem__, self.rows)
+            for value in graph.parameters()
+            if not graph.is_alias(value)
         )
 
 
@@ -99,13 +103,17 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
     precision = choose(options.precision, options.vision_precision, options.target, config.text, options.block_size)
     manifest = _manifest(config, options, source, precision)
     check_window(config.text.sliding_window, manifest.cache_length)
-    p, dialect = precision, DIALECT_OF[options.target]
+    p, dialect = precision, dialect_of(options.precision, options.target)
     built = {
         graphs.VISION_ENCODER: graphs.build_vision_encoder(
             config, p.vision_dtype, graphs.features_type(p.dtype), dialect, p.vision_storage
         ),
         graphs.DECODER: graphs.build_decoder(config, p.dtype, dialect, manifest.cache_length, p.storage, p.table_storage),
     }
+    if options.target == "cuda" and dialect is Dialect.ORT:
+        built[graphs.DECODER_STEP] = graphs.build_decoder_step(
+            config, p.dtype, manifest.cache_length, p.storage, p.table_storage
+        )
     specs = {name: graphs.graph_spec(graph, f"{name}.onnx") for name, graph in built.items()}
     manifest = dataclasses.replace(manifest, graphs=specs)
     try:
@@ -136,7 +144,7 @@ def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: Checkpoin
         precision=options.precision,
         vision_precision=precision.vision,
         target=options.target,
-        dialect=str(DIALECT_OF[options.target]),
+        dialect=str(dialect_of(options.precision, options.target)),
         dimensions=Dimensions(
             num_image_tokens=p,
             **{f.name: getattr(text, f.name) for f in dataclasses.fields(Dimensions) if f.name != "num_image_tokens"},

@@ -12,7 +12,6 @@ from .config import TextConfig
 from .layers import PLAIN, Dialect
 from .storage import Kind, Storage
 
-DIALECT_OF = {"cpu": Dialect.ORT, "cuda": Dialect.ORT, "tensorrt": Dialect.STANDARD, "tensorrt-rtx": Dialect.STANDARD}
 PRECISIONS = {
     "cpu": ("fp32", "fp16", "int8", "int4"),
     "cuda": ("fp32", "fp16", "bf16", "int8", "int4"),
@@ -27,6 +26,11 @@ VISION_PRECISIONS = {
 }
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _BITS = {"int8": 8, "int4": 4}
+
+
+def dialect_of(precision: str, target: str) -> Dialect:
+    """Return the operators to write; CUDA has no GroupQueryAttention in fp32 (it would run on the CPU, copies included)."""
+    return Dialect.ORT if target == "cpu" or (target == "cuda" and precision != "fp32") else Dialect.STANDARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ class Precision:
 
 def check_words(precision: str, vision_precision: str | None, target: str) -> str:
     """Refuse combinations that do not exist, before anything is read (raises as `choose`); returns the vision precision."""
-    if target not in DIALECT_OF:
-        raise ExportError(f"unknown target {target!r}: choose one of {', '.join(DIALECT_OF)}")
+    if target not in PRECISIONS:
+        raise ExportError(f"unknown target {target!r}: choose one of {', '.join(PRECISIONS)}")
     default = ("int8" if target == "cpu" else "fp16") if precision in _BITS else precision
     vision = default if vision_precision is None else vision_precision
     for what, word, allowed in (("precision", precision, PRECISIONS), ("vision precision", vision, VISION_PRECISIONS)):

@@ -36,9 +36,10 @@ class TransformersReference:
     Args:
         folder: The checkpoint.
         adapter: Folder of a LoRA adapter, which PEFT merges.
+        device: torch's name of the device.
     """
 
-    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+    def __init__(self, folder: Path, adapter: Path | None = None, device: str = "cpu") -> None:
         try:
             import torch
             import transformers
@@ -51,6 +52,8 @@ class TransformersReference:
         self.largest_activation = 0.0
         if adapter is not None:
             self._merge(adapter)
+        self._device = torch.device(device)
+        self._model.to(self._device)
 
     def _merge(self, adapter: Path) -> None:
         """Let PEFT merge an adapter into the model."""
@@ -75,8 +78,8 @@ class TransformersReference:
             generated: Tokens after the prompt.
         """
         torch, base = self._torch, self._model.model
-        with torch.inference_mode():
-            features = base.get_image_features(torch.from_numpy(pixel_values)).pooler_output  # [1, P, D]
+        with torch.inference_mode(), self._device:
+            features = base.get_image_features(torch.from_numpy(pixel_values).to(self._device)).pooler_output  # [1, P, D]
             # embeddings rather than ids: a generated token may have the id that stands for image positions
             text = base.get_input_embeddings()(torch.tensor([[*prompt, *generated]]))
             embeds = torch.cat([features, text], dim=1)
@@ -93,7 +96,7 @@ class TransformersReference:
             )
             largest = max(float(hidden.abs().max()) for hidden in out.hidden_states)
         self.largest_activation = max(self.largest_activation, largest)
-        result: NDArray[Any] = out.logits[0, -1].float().numpy()
+        result: NDArray[Any] = out.logits[0, -1].float().cpu().numpy()
         return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -59,7 +60,8 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
     failures: list[str] = []
     for name in candidates(provider, manifest.dialect):
         cache = engine_cache(name, opened.folder, manifest.digest())
-        target = Target(name, device_id, fp16=manifest.cache_type == "float16", cache_dir=cache)
+        halves = {"fp16": manifest.cache_type == "float16", "bf16": manifest.cache_type == "bfloat16"}
+        target = Target(name, device_id, **halves, cache_dir=cache)
         try:
             check_available(name)
             engine = Engine(opened, target, threads)
@@ -228,7 +230,9 @@ class Engine:
 
     def encode_image(self, image: ImageInput | EncodedImage) -> EncodedImage:
         """Run the vision encoder once, to ask several questions about the picture (`image` as in `answer`)."""
-        return self._pictures.encode([image])[0][0]
+        encoded = self._pictures.encode([image])[0][0]
+        features = np.asarray(encoded.image_features)  # not in a GPU's memory: the caller may keep thousands
+        return encoded if features is encoded.image_features else dataclasses.replace(encoded, image_features=features)
 
     def _run(
         self, image: ImageInput | EncodedImage, prompt: str, options: GenerateOptions | None, choices: Sequence[str] | None

@@ -87,6 +87,8 @@ class GraphSpec:
     file: str
     inputs: dict[str, str]
     outputs: dict[str, str]
+    weights: dict[str, str] | None = None
+    """decoder_step: where its initializers lie in the decoder's data file, `name: type[dims]@offset`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +268,8 @@ def _check_files(m: Manifest) -> None:
 def check_interface(m: Manifest) -> None:
     """Compare the graphs' inputs and outputs, which every session is held to, with the dimensions."""
     d, image = m.dimensions, f"float32[B, 3, {m.image.size}, {m.image.size}]"
-    if set(m.graphs) != {"vision_encoder", "decoder"}:
-        raise BundleError(f"{MANIFEST}: graphs must be vision_encoder and decoder")
+    if set(m.graphs) - {"decoder_step"} != {"vision_encoder", "decoder"}:
+        raise BundleError(f"{MANIFEST}: graphs must be vision_encoder and decoder, and perhaps decoder_step")
     decoder = m.graphs["decoder"]
     cache = decoder.inputs.get("past_key_values.0.key", "")
     dtype, slots = cache.split("[")[0], m.cache_length if m.dialect == "standard" else "T"
@@ -278,14 +280,25 @@ def check_interface(m: Manifest) -> None:
     features = f"{'float32' if dtype == 'bfloat16' else dtype}[B, %s, {d.hidden_size}]"
     inputs = {"input_ids": "int64[B, S]", "image_features": features % "P"} | integers
     outputs = {"logits": f"float32[B, {d.vocab_size}]", "next_token": "int64[B, 1]", "next_token_logprob": "float32[B, 1]"}
-    for graph, wanted_inputs, wanted_outputs in (
+    interfaces = [
         (m.graphs["vision_encoder"], {"pixel_values": image}, {"image_features": features % d.num_image_tokens}),
         (
             decoder,
             inputs | {f"past_key_values.{name}": shape for name in names},
             outputs | {f"present.{name}": shape for name in names},
         ),
-    ):
+    ]
+    if "decoder_step" in m.graphs:
+        shape = f"{dtype}[B, {d.num_key_value_heads}, {m.cache_length}, {d.head_dim}]"
+        inputs = {"input_ids": "int64[B, 1]", "last_index": "int32[B]"}
+        interfaces.append(
+            (
+                m.graphs["decoder_step"],
+                inputs | {f"past_key_values.{name}": shape for name in names},
+                outputs | {"next_index": "int32[B]"} | {f"present.{name}": shape for name in names},
+            )
+        )
+    for graph, wanted_inputs, wanted_outputs in interfaces:
         for found, wanted in ((graph.inputs, wanted_inputs), (graph.outputs, wanted_outputs)):
             if found != wanted:
                 name = min(name for name, _ in set(found.items()) ^ set(wanted.items()))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pgfast.errors import InputError
 from pgfast.image import ImageInput, open_image, to_pixel_values
@@ -56,7 +58,9 @@ class PictureEncoder:
             features = self._model.encode(pixels)  # [B, P, D]
             preprocess, vision = prepared - start, time.perf_counter() - prepared
             for i, (key, picture) in enumerate(opened.items()):
-                found[key] = EncodedImage(features[i : i + 1], picture.width, picture.height, self._bundle_id)
+                # one picture may still be on the device, an array to all who look: it has a shape, and numpy reads it
+                own = cast("NDArray[Any]", features) if len(opened) == 1 else np.asarray(features)[i : i + 1]
+                found[key] = EncodedImage(own, picture.width, picture.height, self._bundle_id)
         for key, encoded in found.items():  # to the end of the line
             recent.pop(key, None)
             recent[key] = encoded

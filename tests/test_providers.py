@@ -108,12 +108,18 @@ def test_options_of_every_provider() -> None:
     assert options["trt_engine_cache_path"] == "/cache"
     assert options["trt_engine_cache_prefix"] == "decoder_1x16"
     assert {options[f"trt_profile_{kind}_shapes"] for kind in ("min", "opt", "max")} == {profile}
+    assert (options["trt_fp16_enable"], options["trt_bf16_enable"]) == ("1", "0")
+    assert "trt_load_user_initializer" not in options
+    assert Target("tensorrt").ort_providers(shapes, "", large=True)[0][1]["trt_load_user_initializer"] == "1"
     assert Target("tensorrt", fp16=False).tensorrt_options(shapes, "")["trt_fp16_enable"] == "0"
+    assert Target("tensorrt", bf16=True).tensorrt_options(shapes, "")["trt_bf16_enable"] == "1"
     cuda = Target("cuda", 2).ort_providers()
     assert cuda[0] == (
         "CUDAExecutionProvider",
         {"device_id": "2", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"},
     )
+    # with it every run must name its graph, so it is off unless the runtime does
+    assert Target("cuda", cuda_graph=True).cuda_options() == Target("cuda").cuda_options() | {"enable_cuda_graph": "1"}
     assert Target("cpu").ort_providers() == [("CPUExecutionProvider", {})]
     rtx = Target("tensorrt-rtx", cache_dir=Path("/cache")).ort_providers(shapes)
     assert rtx[0][1]["nv_profile_opt_shapes"] == profile

@@ -13,6 +13,25 @@ BFLOAT16 = 16
 """ONNX's number of a type that numpy lacks (TensorProto.DataType)."""
 
 
+def to_device(target: Target, array: NDArray[Any], *, bfloat16: bool = False) -> Any:
+    """Return an array as an OrtValue in the target's memory; on the CPU it shares the array's.
+
+    Args:
+        target: Whose memory.
+        array: Any shape; uint16 when it holds bfloat16.
+        bfloat16: Whether it does.
+    """
+    ort_value, device = import_onnxruntime().OrtValue, (target.device, target.device_id)
+    if not bfloat16:
+        return ort_value.ortvalue_from_numpy(array, *device)
+    value = ort_value.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+    if target.device == "cpu":
+        return value
+    on_device = ort_value.ortvalue_from_shape_and_type(array.shape, BFLOAT16, *device)
+    on_device.update_inplace(value)
+    return on_device
+
+
 class SlotBuffer:
     """Zeros [slots, ...] in the target's memory, at one address for its whole life.
 
@@ -25,7 +44,6 @@ class SlotBuffer:
     """
 
     def __init__(self, target: Target, shape: tuple[int, ...], dtype: DTypeLike | None) -> None:
-        ort = import_onnxruntime()
         self._device = (target.device, target.device_id)
         self._shape = shape
         self._type: Any = BFLOAT16 if dtype is None else np.dtype(dtype)
@@ -34,14 +52,7 @@ class SlotBuffer:
         self._host: NDArray[Any] | None = None
         if target.device == "cpu":
             self._host = zeros  # the OrtValue shares this memory
-        if dtype is not None:
-            self._value = ort.OrtValue.ortvalue_from_numpy(zeros, *self._device)
-        else:
-            self._value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, BFLOAT16)
-            if target.device != "cpu":
-                on_host = self._value
-                self._value = ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, *self._device)
-                self._value.update_inplace(on_host)
+        self._value = to_device(target, zeros, bfloat16=dtype is None)
 
     def read(self) -> NDArray[Any]:
         """Return the content: on the CPU the memory itself (bfloat16 as uint16), elsewhere a copy."""
@@ -74,3 +85,22 @@ class SlotBuffer:
     def _address(self, first: int) -> int:
         address: int = self._value.data_ptr()
         return address + first * self._slot_bytes
+
+
+class DeviceFeatures:
+    """Image features in device memory; numpy gets a copy when it asks for one.
+
+    Args:
+        value: OrtValue [B, P, D].
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.shape: tuple[int, ...] = tuple(value.shape())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.value.numpy(), dtype)  # on the CPU numpy() is a view that does not keep the memory
+
+
+Features = NDArray[Any] | DeviceFeatures
+"""Image features [B, P, D], on the host or on the device."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pgfast.manifest import Manifest
 
-from .buffers import SlotBuffer
+from .buffers import Features, SlotBuffer
 from .providers import Shapes, Target, import_onnxruntime
 from .session import failure
 
@@ -68,7 +68,7 @@ class Decoder:
         self._prompts: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         self._steps: dict[int, _StepRun] = {}
 
-    def prompt(self, image_features: NDArray[Any], prompts: list[list[int]], first: int = 0) -> Chosen:
+    def prompt(self, image_features: Features, prompts: list[list[int]], first: int = 0) -> Chosen:
         """Run whole prompts: image and text attend to each other in both directions, so this is one run.
 
         Args:
@@ -80,21 +80,10 @@ class Decoder:
         assert batch == len(prompts)
         assert 0 <= first <= self.slots - batch
         self._allocate()
-        width = max(map(len, prompts))
-        if self._target.static_shapes:
-            width = min(-(-width // PROMPT_BUCKET) * PROMPT_BUCKET, self._manifest.limits.prompt_tokens)
-        input_ids = np.full((batch, width), self._manifest.tokens.pad, dtype=np.int64)  # [B, S]
-        for row, ids in enumerate(prompts):
-            input_ids[row, : len(ids)] = ids
-        lengths = np.array([num_image_tokens + len(ids) for ids in prompts], dtype=np.int64)
-        inputs = {
-            "input_ids": input_ids,
-            "image_features": np.ascontiguousarray(image_features, self._features_type),
-            "write_indices": np.zeros(batch, dtype=np.int64),
-            "kv_lengths": lengths,
-        }
+        inputs: dict[str, NDArray[Any]] = self._prompt_inputs(prompts, num_image_tokens, padded=self._target.static_shapes)
+        inputs["image_features"] = np.ascontiguousarray(image_features, self._features_type)
         # bound once per place: with a hundred tensors that takes longer than a small model's run
-        place = (first, batch, width if self._target.static_shapes else 0)
+        place = (first, batch, inputs["input_ids"].shape[1] if self._target.static_shapes else 0)
         if place not in self._prompts:
             self._prompts[place] = self._bind({name: value.shape for name, value in inputs.items()}, first, batch)
         session, binding = self._prompts[place]
@@ -102,10 +91,24 @@ class Decoder:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         self._run(session, binding)
-        self._lengths[first : first + batch] = lengths
+        self._lengths[first : first + batch] = inputs["kv_lengths"]
         tokens, logprobs = (self._outputs[name].read() for name in ("next_token", "next_token_logprob"))
         # copies: the next run writes into the same memory
         return Chosen(*(values[first : first + batch].T.copy() for values in (tokens, logprobs)))
+
+    def _prompt_inputs(self, prompts: list[list[int]], num_image_tokens: int, *, padded: bool) -> dict[str, NDArray[Any]]:
+        """Lay out prompts, right-padded: to the longest one, or to one of a few widths."""
+        width = max(map(len, prompts))
+        if padded:
+            width = min(-(-width // PROMPT_BUCKET) * PROMPT_BUCKET, self._manifest.limits.prompt_tokens)
+        input_ids = np.full((len(prompts), width), self._manifest.tokens.pad, dtype=np.int64)  # [B, S]
+        for row, ids in enumerate(prompts):
+            input_ids[row, : len(ids)] = ids
+        return {
+            "input_ids": input_ids,
+            "write_indices": np.zeros(len(prompts), dtype=np.int64),
+            "kv_lengths": np.array([num_image_tokens + len(ids) for ids in prompts], dtype=np.int64),
+        }
 
     def step(self, rows: int, tokens: NDArray[np.int64] | None = None, burst: int = 1) -> Chosen:
         """Append one token to slots 0 to rows-1 and run the decoder on them, `burst` times.
@@ -159,21 +162,25 @@ class Decoder:
     def _allocate(self) -> None:
         if self._caches:
             return
-        d, slots = self._manifest.dimensions, self.slots
-        shape = (slots, d.num_key_value_heads, self._manifest.cache_length, d.head_dim)  # [slots, K, T, H]
-        dtype = None if self._manifest.cache_type == "bfloat16" else self._features_type
-        # zeros: a masked position still meets its value times zero, which must not be infinity times zero
-        caches = {
-            f"{layer}.{part}": SlotBuffer(self._target, shape, dtype)
-            for layer in range(d.num_hidden_layers)
-            for part in ("key", "value")
-        }
+        caches = self._new_caches()
+        slots = self.slots
         self._outputs = {
-            "logits": SlotBuffer(self._target, (slots, d.vocab_size), np.float32),
+            "logits": SlotBuffer(self._target, (slots, self._manifest.dimensions.vocab_size), np.float32),
             "next_token": SlotBuffer(self._target, (slots, 1), np.int64),
             "next_token_logprob": SlotBuffer(self._target, (slots, 1), np.float32),
         }
         self._caches = caches
+
+    def _new_caches(self) -> dict[str, SlotBuffer]:
+        d, slots = self._manifest.dimensions, self.slots
+        shape = (slots, d.num_key_value_heads, self._manifest.cache_length, d.head_dim)  # [slots, K, T, H]
+        dtype = None if self._manifest.cache_type == "bfloat16" else self._features_type
+        # zeros: a masked position still meets its value times zero, which must not be infinity times zero
+        return {
+            f"{layer}.{part}": SlotBuffer(self._target, shape, dtype)
+            for layer in range(d.num_hidden_layers)
+            for part in ("key", "value")
+        }
 
     def _step_run(self, rows: int) -> _StepRun:
         """Return what a step of this many rows needs; cached, because between two tokens there is no time to prepare."""
@@ -202,10 +209,13 @@ class Decoder:
         binding = session.io_binding()
         for name, value in self._outputs.items():
             value.bind_output(binding, name, first, value.shape(count))
+        self._bind_cache(binding, first, count)
+        return session, binding
+
+    def _bind_cache(self, binding: Any, first: int, count: int) -> None:
         for name, cache in self._caches.items():
             cache.bind_input(binding, f"past_key_values.{name}", first, cache.shape(count))
             cache.bind_output(binding, f"present.{name}", first, cache.shape(count))
-        return session, binding
 
     def _on_device(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._target.device, self._target.device_id)

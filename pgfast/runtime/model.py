@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -11,12 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgfast.bundle import Bundle
+from pgfast.errors import ProviderError
 from pgfast.manifest import Manifest
 
+from .buffers import Features
+from .cuda_decoder import CudaDecoder
+from .cuda_graphs import CapturedVision, GraphRunner
 from .decoder import Decoder
 from .providers import Shapes, Target
 from .session import failure, open_session
+from .shared_weights import SharedWeights
 from .turns import Turns
+
+logger = logging.getLogger(__name__)
+
+STEP = "decoder_step"
+"""The graph that only bundles for CUDA have."""
 
 CPU_SLOTS, GPU_SLOTS = 16, 32
 """Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
@@ -54,26 +66,56 @@ class Model:
     """
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None = None) -> None:
-        self._bundle, self._target, self._threads = bundle, target, threads
+        self.bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
         self.turns: AbstractContextManager[Any] = Turns() if target.name == "cpu" else nullcontext()
         """To be held for a run of either graph. On the CPU each has threads for all cores: at the same time both are slower
         than one after the other."""
         self._picture = threading.Lock()  # one asks for a turn at a time, so that the decoder has every second one
+        self._weights: SharedWeights | None = None
+        self._captured: CapturedVision | None = None
+        if target.name == "cuda" and STEP in bundle.manifest.graphs:
+            self._captured = self._open_captured()
         # what does not load or run here should fail now, not at the first question
         if target.static_shapes:
             size = bundle.manifest.image.size
             self.encode(np.zeros((1, 3, size, size), np.float32))
-        else:
+        elif self._captured is None:
             self._open_both()
         slots = slots_of(bundle.manifest, target)
-        self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
+        self.decoder: Decoder
+        if self._captured is not None:
+            sessions = self._session("decoder", None), self._session(STEP, None)
+            self.decoder = CudaDecoder(bundle.manifest, target, *sessions, self._captured.runner, slots)
+        else:
+            self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
         self.together = 1 if target.static_shapes else TOGETHER
         """Pictures, and prompts, of one batch that may share a run."""
 
-    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
+    def _open_captured(self) -> CapturedVision:
+        """Open what runs as CUDA graphs: prompts, single tokens with the same weights, and pictures."""
+        manifest, plain = self.bundle.manifest, self._target
+        data = self.bundle.path(f"{manifest.graphs['decoder'].file}.data")
+        self._weights = SharedWeights(data, manifest.graphs[STEP].weights or {}, plain)
+
+        def open_on(target: Target) -> CapturedVision:
+            self._target = target
+            self._session("decoder", None)
+            self._session(STEP, None)
+            return CapturedVision(self._session("vision_encoder", None), manifest, target, GraphRunner(target))
+
+        try:
+            return open_on(dataclasses.replace(plain, cuda_graph=True))
+        except ProviderError as error:
+            logger.warning("CUDA graphs do not work here, so every token takes longer: %s", error)
+            self._sessions.clear()
+            return open_on(plain)
+
+    def encode(self, pixel_values: NDArray[np.float32]) -> Features:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
+        if self._captured is not None:
+            return self._captured.encode(pixel_values)
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:
@@ -98,5 +140,7 @@ class Model:
             return self._sessions[key]
 
     def _open(self, graph: str, shapes: Shapes | None) -> Any:
-        spec = self._bundle.manifest.graphs[graph]
-        return open_session(self._bundle.path(spec.file), spec, self._target, threads=self._threads, shapes=shapes)
+        spec = self.bundle.manifest.graphs[graph]
+        weights = self._weights.initializers if self._weights is not None and graph != "vision_encoder" else None
+        path = self.bundle.path(spec.file)
+        return open_session(path, spec, self._target, threads=self._threads, shapes=shapes, weights=weights)

@@ -43,8 +43,11 @@ class Target:
     """The user's word: cpu, cuda, tensorrt or tensorrt-rtx."""
     device_id: int = 0
     fp16: bool = False
+    bf16: bool = False
     cache_dir: Path = field(default_factory=lambda: default_cache_dir())
     """Where TensorRT keeps built engines."""
+    cuda_graph: bool = False
+    """Whether the CUDA provider may capture runs. Every run then says which graph it is, or that it is none."""
 
     @property
     def static_shapes(self) -> bool:
@@ -57,12 +60,15 @@ class Target:
         # the RTX plugin comes with the CPU build of onnxruntime, which cannot allocate on a GPU: it copies
         return "cuda" if self.name in ("cuda", "tensorrt") else "cpu"
 
-    def ort_providers(self, shapes: Shapes | None = None, prefix: str = "") -> list[tuple[str, dict[str, str]]]:
+    def ort_providers(
+        self, shapes: Shapes | None = None, prefix: str = "", *, large: bool = False
+    ) -> list[tuple[str, dict[str, str]]]:
         """Return provider names and options in ONNX Runtime's order of preference.
 
         Args:
             shapes: Input shapes of the session, for the providers with `static_shapes`.
             prefix: Name of the session, unique per shape: ONNX Runtime would reuse an engine of another shape (#32254).
+            large: Whether the weights do not fit into one protobuf message.
         """
         if self.name == "cpu":
             return [("CPUExecutionProvider", {})]
@@ -71,19 +77,24 @@ class Target:
         cuda = ("CUDAExecutionProvider", self.cuda_options())
         if self.name == "cuda":
             return [cuda, ("CPUExecutionProvider", {})]
-        return [("TensorrtExecutionProvider", self.tensorrt_options(shapes or {}, prefix)), cuda, ("CPUExecutionProvider", {})]
+        tensorrt = self.tensorrt_options(shapes or {}, prefix)
+        if large:  # handed over one by one; else the provider writes the graph and all of them into one message
+            tensorrt["trt_load_user_initializer"] = "1"
+        return [("TensorrtExecutionProvider", tensorrt), cuda, ("CPUExecutionProvider", {})]
 
     def cuda_options(self) -> dict[str, str]:
         """Options of the CUDA provider; TF32 is off because answers must be those of the checkpoint."""
-        return {"device_id": str(self.device_id), "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        options = {"device_id": str(self.device_id), "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        return options | {"enable_cuda_graph": "1"} if self.cuda_graph else options
 
     def tensorrt_options(self, shapes: Shapes, prefix: str) -> dict[str, str]:
         """Options of the TensorRT provider: fixed shapes, engines kept on disk, fp32 where norms need it."""
         profile = _profile(shapes)
         return {
             "device_id": str(self.device_id),
-            # the provider builds weakly typed networks: without this an fp16 graph runs in fp32
+            # the provider builds weakly typed networks: without these a graph of 16 bits runs in fp32
             "trt_fp16_enable": str(int(self.fp16)),
+            "trt_bf16_enable": str(int(self.bf16)),
             "trt_layer_norm_fp32_fallback": "1",
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(self.cache_dir),

@@ -236,7 +236,9 @@ class Scheduler:
                 self._running |= newcomers  # under the lock: a ticket is always in one of the two
             if not newcomers:
                 return
-            features = np.concatenate([ticket.image_features for ticket in newcomers.values()])  # [B, P, D]
+            parts: list[Any] = [ticket.image_features for ticket in newcomers.values()]
+            # one alone as it is: it may be on the device
+            features = np.concatenate(parts) if len(parts) > 1 else parts[0]  # [B, P, D]
             prompts = [ticket.prompt for ticket in newcomers.values()]
             for ticket in newcomers.values():
                 ticket.start()

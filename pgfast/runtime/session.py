@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,24 @@ from pgfast.manifest import GraphSpec
 
 from .providers import Shapes, Target, import_onnxruntime, rtx_devices
 
-_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
+_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
 
 
-def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | None, shapes: Shapes | None = None) -> Any:
+def open_session(
+    path: Path,
+    spec: GraphSpec,
+    target: Target,
+    *,
+    threads: int | None,
+    shapes: Shapes | None = None,
+    weights: Mapping[str, Any] | None = None,
+) -> Any:
     """Open one graph on one provider.
 
     Args:
@@ -22,6 +37,7 @@ def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | 
         target: The provider.
         threads: Threads of one operator on the CPU; None: one per core.
         shapes: Fixed input shapes, for providers that need them.
+        weights: Initializers that are in memory already; they must outlive the session.
 
     Raises:
         BundleError: The graph does not load, or is not what the manifest says.
@@ -35,9 +51,13 @@ def open_session(path: Path, spec: GraphSpec, target: Target, *, threads: int | 
     if target.name == "cpu":
         # each session has threads of its own, and those of the one that has just run would spin on the other's cores
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    for name, value in (weights or {}).items():
+        options.add_initializer(name, value)
     if target.static_shapes:
         target.cache_dir.mkdir(parents=True, exist_ok=True)
-    providers = target.ort_providers(shapes, _session_name(path, shapes))
+    data = path.with_name(f"{path.name}.data")
+    large = data.exists() and data.stat().st_size >= 2**31 - 2**20
+    providers = target.ort_providers(shapes, _session_name(path, shapes), large=large)
     try:
         if target.name == "tensorrt-rtx":
             options.add_provider_for_devices([rtx_devices(ort)[target.device_id]], providers[0][1])
