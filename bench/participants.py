@@ -129,8 +129,8 @@ def choose(settings: Settings, bundles: Sequence[Bundle]) -> tuple[list[Entry], 
 
 def _ours(settings: Settings, bundle: Bundle, bundles: Sequence[Bundle]) -> Entry:
     m = bundle.manifest
-    alone = sum(other.manifest.precision == m.precision for other in bundles) == 1
-    name = f"pgfast {m.precision}" + ("" if alone else f" ({bundle.folder.name})")
+    first = next(other for other in bundles if other.manifest.precision == m.precision)
+    name = f"pgfast {m.precision}" + ("" if bundle is first else f" ({bundle.folder.name})")
     folder = str(bundle.folder)
     files = [bundle.path(file) for file in m.files]
     memory = round(sum(path.stat().st_size for path in files) * 1.5) + OVERHEAD

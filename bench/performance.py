@@ -72,6 +72,11 @@ def _median(data: Data, t: Target) -> Measured | None:
     return None if value is None else (value, value * share if share else None)
 
 
+def _rate(data: Data, t: Target) -> Measured | None:
+    value = summary.median(summary.values(data, t.contender, t.workload, t.metric))
+    return None if value is None else (value, None)
+
+
 def _roofline(data: Data, t: Target) -> Measured | None:
     share = _share(data, t)
     return None if share is None else (share, 1.0)
@@ -84,6 +89,7 @@ MEASURES: dict[str, Callable[[Data, Target], Measured | None]] = {
     "first answer": _first_answer,
     "batch gain": _batch_gain,
     "median": _median,
+    "rate": _rate,
     "roofline": _roofline,
 }
 

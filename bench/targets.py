@@ -68,4 +68,15 @@ TARGETS = (
         f"{BF16} compiled",
         device="cuda",
     ),
+    Target(
+        "answers/s, batch 32, 3-token answers, fp16",
+        "rate",
+        ">=",
+        250,
+        " answers/s",
+        FP16,
+        workload="answers",
+        metric="answers_per_second",
+        device="cuda",
+    ),
 )

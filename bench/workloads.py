@@ -41,6 +41,7 @@ WORKLOADS = {
         Workload("batch-1", "batch 1, 32 new tokens", 32),
         Workload("batch-4", "batch 4, 32 new tokens", 32, batch=4),
         Workload("batch-16", "batch 16, 32 new tokens", 32, batch=16),
+        Workload("answers", "batch 32, 3 new tokens", 3, batch=32),
     )
 }
 """By name, in the order they run."""
@@ -86,7 +87,7 @@ class Requests:
         }
 
     def _prompt(self, workload: Workload) -> str:
-        return self._batch if workload.name.startswith("batch") else self._single
+        return self._batch if workload.batch > 1 or workload.name == "batch-1" else self._single
 
     def _tokens(self, text: str) -> int:
         return len(self._tokenizer.encode_prompt(text, max_tokens=self._limits.prompt_tokens))
