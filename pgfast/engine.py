@@ -197,7 +197,8 @@ class Engine:
         recent: dict[int, EncodedImage] = {}
         # pictures are encoded here, and only a few ahead of the decoder's thread
         room = queue.SimpleQueue[None]()  # a semaphore that Ctrl-C cannot leave locked
-        for _ in range(ENCODED_AHEAD):
+        most = self.max_waiting
+        for _ in range(ENCODED_AHEAD if most is None else max(1, min(ENCODED_AHEAD, most))):  # only others may be too many
             room.put(None)
         try:
             for first in range(0, len(questions), self._model.together):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_decoder import FakeDecoder, fake_features
 
 import pgfast
 from pgfast import Engine, GenerateOptions
+from pgfast.runtime.generation import Generation
+from pgfast.runtime.scheduler import Scheduler, Ticket
 
 PLACES = {"threading.py", "engine.py", "model.py", "scheduler.py", "turns.py"}
 OPTIONS = GenerateOptions(max_new_tokens=3)
@@ -48,6 +52,9 @@ def interrupted(number: int, work: Callable[[], Any]) -> bool:
         work()
     except KeyboardInterrupt:
         return True
+    except RuntimeError as error:
+        assert str(error) == "release unlocked lock"  # noqa: PT017 - the interrupted `Thread.start` itself says so
+        return True
     finally:
         sys.settrace(before)
     return False
@@ -61,15 +68,39 @@ def works(kind: str, engine: Engine) -> Callable[[], Any]:
     return lambda: engine.answer_batch([(picture(seed), "red") for seed in range(12)], options=OPTIONS)
 
 
+def elsewhere(work: Callable[[], Any]) -> list[Any]:
+    """What the work gives in another thread; nothing if it never ends."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    return found
+
+
 @pytest.mark.parametrize("kind", ["answer", "stream", "batch"])
 def test_ctrl_c_anywhere_leaves_the_engine_usable(engine: Engine, kind: str) -> None:
     work, number = works(kind, engine), 0
     wanted = engine.answer(picture(1), "red", options=OPTIONS)
     while interrupted(number := number + 1, work):
-        found: list[Any] = []
-        after = threading.Thread(target=lambda: found.append(engine.answer(picture(1), "red", options=OPTIONS)), daemon=True)
-        after.start()
-        after.join(timeout=20)
+        found = elsewhere(lambda: engine.answer(picture(1), "red", options=OPTIONS))
         assert found, f"an interrupt at call {number} stops all others"
         assert found[0].token_ids == wanted.token_ids
+    assert number > 10
+
+
+def test_ctrl_c_while_the_thread_starts() -> None:
+    def ask(scheduler: Scheduler) -> Ticket:
+        row = Generation(OPTIONS, max_new_tokens=3, eos_id=-1, stopped=lambda ids: False)
+        ticket = scheduler.submit(row, fake_features(0), [2])
+        ticket.wait()
+        return ticket
+
+    number, stopped = 0, True
+    while stopped:
+        number += 1
+        scheduler = Scheduler(FakeDecoder(1))
+        stopped = interrupted(number, partial(ask, scheduler))
+        assert elsewhere(partial(ask, scheduler)), f"an interrupt at call {number} stops all others"
+        scheduler.close()
+        assert len(scheduler.decoder.threads) == 1
     assert number > 10

@@ -304,6 +304,27 @@ def test_a_row_that_raises_fails_alone() -> None:
     scheduler.close()
 
 
+def test_a_thread_that_does_not_start_is_started_by_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    scheduler = Scheduler(FakeDecoder(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            scheduler.submit(generation(), fake_features(0), [2])
+        scheduler.close()  # nothing to wait for
+    scheduler = Scheduler(FakeDecoder(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            scheduler.submit(generation(), fake_features(0), [2])
+    ticket = scheduler.submit(generation(), fake_features(0), [3])
+    ticket.wait()
+    scheduler.close()
+    assert [run[2] for run in scheduler.decoder.runs if run[0] == "prompt"] == [[(3,)]]
+
+
 def test_too_many_waiting_are_refused(held: Callable[..., Held]) -> None:
     h = held(1, max_waiting=2)
     running = h.submit(2)

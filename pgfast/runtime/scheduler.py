@@ -173,12 +173,19 @@ class Scheduler:
                 raise _closed()
             if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
                 raise OverloadedError(f"{len(self._waiting)} requests are waiting already: try again later")
-            self._waiting.append(ticket)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="pgfast-scheduler", daemon=True)
-                self._thread.start()
+                self._start_thread()
+            self._waiting.append(ticket)
             self._changed.notify()
         return ticket
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="pgfast-scheduler", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:  # there are too many, or Ctrl-C; should it run after all, it finds that it is not the one
+            self._thread = None
+            raise
 
     def cancel(self, ticket: Ticket) -> None:
         """Take a request out; one that is running leaves before the next step."""
@@ -209,6 +216,8 @@ class Scheduler:
     def _work(self) -> None:
         while True:
             with self._lock:
+                if self._thread is not threading.current_thread():
+                    return
                 while not (self._waiting or self._running or self._closed):
                     self._changed.wait()
                 if self._closed:
