@@ -1,4 +1,4 @@
-"""Ctrl-C at every place where Python may raise it: whoever comes next is answered all the same."""
+"""Ctrl-C at every place where Python may raise it, threads that do not start: whoever comes next is answered all the same."""
 
 from __future__ import annotations
 
@@ -88,19 +88,36 @@ def test_ctrl_c_anywhere_leaves_the_engine_usable(engine: Engine, kind: str) -> 
     assert number > 10
 
 
-def test_ctrl_c_while_the_thread_starts() -> None:
-    def ask(scheduler: Scheduler) -> Ticket:
-        row = Generation(OPTIONS, max_new_tokens=3, eos_id=-1, stopped=lambda ids: False)
-        ticket = scheduler.submit(row, fake_features(0), [2])
-        ticket.wait()
-        return ticket
+def ask(scheduler: Scheduler, prompt: int) -> Ticket:
+    row = Generation(OPTIONS, max_new_tokens=3, eos_id=-1, stopped=lambda ids: False)
+    ticket = scheduler.submit(row, fake_features(0), [prompt])
+    ticket.wait()
+    return ticket
 
+
+def test_ctrl_c_while_the_thread_starts() -> None:
     number, stopped = 0, True
     while stopped:
         number += 1
         scheduler = Scheduler(FakeDecoder(1))
-        stopped = interrupted(number, partial(ask, scheduler))
-        assert elsewhere(partial(ask, scheduler)), f"an interrupt at call {number} stops all others"
+        stopped = interrupted(number, partial(ask, scheduler, 2))
+        assert elsewhere(partial(ask, scheduler, 2)), f"an interrupt at call {number} stops all others"
         scheduler.close()
         assert len(scheduler.decoder.threads) == 1
     assert number > 10
+
+
+def test_a_thread_that_does_not_start_is_started_by_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    for asks_again in (False, True):
+        scheduler = Scheduler(FakeDecoder(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match="new thread"):
+                ask(scheduler, 2)
+        if asks_again:
+            ask(scheduler, 3)
+        scheduler.close()  # otherwise there is nothing to wait for
+        assert [run[2] for run in scheduler.decoder.runs if run[0] == "prompt"] == [[(3,)]] * asks_again
