@@ -119,7 +119,7 @@ def _workload(data: Data, name: str) -> Section:
                 if (value := summary.ratio(data, contender, peer, name, key)) is not None
             ]
             if said:
-                lines.append(f"{contender} is faster than {peer}: {', '.join(said)}")
+                lines.append(f"{contender} against {peer}, times as fast: {', '.join(said)}")
     return Section(WORKLOADS[name].title, lines, header, rows)
 
 

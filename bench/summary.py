@@ -64,16 +64,18 @@ def percentiles(numbers: list[float]) -> tuple[float, float, float]:
 
 
 def ratio(data: Data, ours: str, peer: str, workload: str, metric: str) -> float | None:
-    """How many times better `ours` is: the median over rounds in which both ran in one group and made as many tokens."""
+    """How many times better `ours` is: the median over rounds in which both ran in one group and made as many tokens.
+
+    The first, uncounted round counts where the two have no other in common.
+    """
     rounds: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
-    for name in (ours, peer):
-        for sample in samples(data, name, workload):
-            rounds.setdefault((sample["group"], sample["round"]), {})[name] = sample
+    for sample in data["samples"]:
+        if sample["workload"] == workload and sample["contender"] in (ours, peer):
+            rounds.setdefault((sample["group"], sample["round"]), {})[sample["contender"]] = sample
+    pairs = [pair for pair in rounds.values() if len(pair) == 2 and _lengths(pair[ours]) == _lengths(pair[peer])]
     m = METRICS[metric]
     ratios = []
-    for pair in rounds.values():
-        if len(pair) < 2 or _lengths(pair[ours]) != _lengths(pair[peer]):
-            continue
+    for pair in [pair for pair in pairs if not pair[ours]["warmup"]] or pairs:
         a, b = m.of(pair[ours]), m.of(pair[peer])
         if a and b:
             ratios.append(b / a if m.lower_is_better else a / b)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import threading
+import queue
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -195,15 +196,18 @@ class Engine:
         answers: list[Answer] = []
         recent: dict[int, EncodedImage] = {}
         # pictures are encoded here, and only a few ahead of the decoder's thread
-        room = threading.Semaphore(ENCODED_AHEAD)
+        room = queue.SimpleQueue[None]()  # a semaphore that Ctrl-C cannot leave locked
+        most = self.max_waiting
+        for _ in range(ENCODED_AHEAD if most is None else max(1, min(ENCODED_AHEAD, most))):  # only others may be too many
+            room.put(None)
         try:
             for first in range(0, len(questions), self._model.together):
                 part = slice(first, first + self._model.together)
                 start = time.perf_counter()
                 images, seconds = self._pictures.encode([image for image, _ in questions[part]], recent)
                 for image, prompt in zip(images, prompts[part], strict=True):
-                    room.acquire()
-                    row, on_start = self._generation(options), room.release
+                    room.get()
+                    row, on_start = self._generation(options), partial(room.put, None)
                     ticket = self._scheduler.submit(row, image.image_features, prompt, patient=True, on_start=on_start)
                     asked.append(_Question(row, ticket, options, start, *seconds))
                 while len(answers) < len(asked) and asked[len(answers)].ticket.finished:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pgfast.errors import InputError
 from pgfast.image import ImageInput, open_image, to_pixel_values
 from pgfast.manifest import Manifest
+from pgfast.runtime.buffers import DeviceFeatures
 from pgfast.runtime.model import Model
 from pgfast.types import EncodedImage
 
@@ -72,6 +73,9 @@ class PictureEncoder:
         if image.bundle_id != self._bundle_id:
             raise InputError("this EncodedImage was made with another bundle: encode the picture again")
         d = self._manifest.dimensions
-        if getattr(image.image_features, "shape", None) != (1, d.num_image_tokens, d.hidden_size):
+        features: Any = image.image_features
+        # all that could make the run fail, for others share it
+        numbers = isinstance(features, DeviceFeatures) or (isinstance(features, np.ndarray) and features.dtype.kind == "f")
+        if not numbers or features.shape != (1, d.num_image_tokens, d.hidden_size):
             raise InputError(f"image_features must be [1, {d.num_image_tokens}, {d.hidden_size}]: encode the picture again")
         return True

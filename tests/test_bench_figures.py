@@ -109,6 +109,12 @@ def test_a_ratio_is_the_median_over_rounds_of_one_group() -> None:
     assert summary.median(summary.values(data, OURS, "short", "per_token")) == pytest.approx((5 / 3 + 0.5) / 2, rel=1)
 
 
+def test_a_pair_that_had_time_for_one_round_only_has_a_ratio() -> None:
+    samples = [sample(OURS, 0, n, 1.0, 0.5) for n in (0, 1, 2)]
+    samples += [sample(OURS, 1, 0, 2.0, 1), sample(PEER, 1, 0, 9.0, 4)]
+    assert summary.ratio(result(samples), OURS, PEER, "short", "total") == pytest.approx(4.5)
+
+
 def test_answers_of_other_lengths_give_no_ratio() -> None:
     data = result([sample(OURS, 0, 1, 1.0, 0.5, tokens=2), sample(PEER, 0, 1, 4.0, 1.0, tokens=4)])
     assert summary.ratio(data, OURS, PEER, "short", "total") is None

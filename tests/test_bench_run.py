@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,20 @@ from pgfast.bench import summary
 from pgfast.bench.cli import bench
 from pgfast.bench.client import Worker, WorkerError
 from pgfast.bench.contenders import Spec
+from pgfast.bench.contenders.pgfast_engine import PgfastEngine
 from pgfast.bench.participants import choose
 from pgfast.bench.prepare import prepare
 from pgfast.bench.report import read_results
 from pgfast.bench.run import Settings, measure
 from pgfast.bench.synth import config_of
-from pgfast.bench.workloads import WORKLOADS, Requests
+from pgfast.bench.workloads import WORKLOADS, Requests, read_message
 from pgfast.export.plan import ExportOptions
 from pgfast.export.transformersjs import export_transformersjs
 
 from pgfast.bundle import Bundle
 from pgfast.engine import demo_bundle
 from pgfast.errors import InputError
+from pgfast.runtime.generation import Generation
 
 PEERS = ("transformers fp32", "onnx fp32", "openvino fp32")
 MEASURED = ("short", "long", "questions", "batch-1", "batch-4")
@@ -120,6 +123,25 @@ def test_the_second_question_skips_the_vision_encoder(data: dict[str, Any]) -> N
         assert len(sample["each"]) == 10
         assert sample["vision"] > 0
         assert sum(sample["each"]) == pytest.approx(sample["total"], rel=0.01)
+
+
+def test_the_first_token_of_a_batch_counts_from_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = PgfastEngine(Spec("pgfast", "pgfast", str(folder / "fp32"), str(folder / "fp32"), "fp32", threads=2))
+    request = read_message(Requests(Bundle.open(folder / "fp32")).message(WORKLOADS["batch-16"], 0))
+    first: list[float] = []
+    advance = Generation.advance
+
+    def timed(row: Generation, *result: Any) -> int | None:
+        if not row.token_ids:
+            first.append(time.perf_counter())
+        return advance(row, *result)
+
+    monkeypatch.setattr(Generation, "advance", timed)
+    start = time.perf_counter()
+    outcome = contender.answer(request)
+    assert len(first) == 16
+    assert max(first) - start <= outcome.ttft + 1e-3
+    assert outcome.ttft <= outcome.total
 
 
 def test_the_report(results: Path, data: dict[str, Any]) -> None:

@@ -280,7 +280,16 @@ def test_weights_exist_once_on_disk_and_are_handed_to_both_sessions(folder: Path
 
 
 @pytest.mark.parametrize(
-    "place", ["float16[4]", "float16[4]@-1", "float64[4]@0", "float16[99999999]@0", "float16[2]@99999999999", "float16[]@0"]
+    "place",
+    [
+        "float16[4]",
+        "float16[4]@-1",
+        "float64[4]@0",
+        "float16[99999999]@0",
+        "float16[2]@99999999999",
+        "float16[]@0",
+        f"float16[{'9' * 5000}]@0",
+    ],
 )
 def test_a_place_that_makes_no_sense_is_refused(place: str, folder: Path) -> None:
     with pytest.raises(BundleError, match=r"decoder\.onnx\.data"):

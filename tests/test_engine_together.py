@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from pgfast.export.verify import TransformersReference
 import pgfast
 from pgfast import GenerateOptions
 from pgfast.engine import ENCODED_AHEAD, Engine
-from pgfast.errors import ImageError, OverloadedError, PgfastError
+from pgfast.errors import ImageError, InputError, OverloadedError, PgfastError
 from pgfast.image import open_image, to_pixel_values
 from pgfast.pictures import RECENT
 
@@ -211,6 +212,21 @@ def test_waiting_can_be_limited(bundle: Path) -> None:
             engine.answer(picture(0), "red")
         engine.max_waiting = None
         assert engine.answer(picture(0), "red").token_ids
+
+
+def test_a_batch_does_not_refuse_itself(bundle: Path) -> None:
+    with pgfast.load(bundle, provider="cpu") as engine:
+        questions: list[Any] = [(picture(seed), "red") for seed in range(30)]
+        wanted = engine.answer_batch(questions)
+        engine.max_waiting = 1
+        assert [answer.token_ids for answer in engine.answer_batch(questions)] == [answer.token_ids for answer in wanted]
+
+
+def test_features_that_are_no_numbers_are_refused_before_they_meet_others(engine: Engine) -> None:
+    image = engine.encode_image(picture(0))
+    words = dataclasses.replace(image, image_features=np.full(image.image_features.shape, "x"))
+    with pytest.raises(InputError, match="image_features"):
+        engine.answer(words, "red")
 
 
 def test_a_failing_run_leaves_the_engine_usable(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

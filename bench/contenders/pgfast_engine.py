@@ -16,7 +16,7 @@ from .base import Outcome, Probe, Request, Spec
 class PgfastEngine:
     """`pgfast.load` and `Engine.generate` (one row) or `answer_batch` (several).
 
-    `answer_batch` puts the bundle's template around a question; `fit.question_of` undoes that.
+    `answer_batch` puts the bundle's template around a question; `_question` undoes that.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -31,12 +31,16 @@ class PgfastEngine:
         start = time.perf_counter()
         if len(request.prompts) == 1:
             answers = [self._engine.generate(request.pictures[0], request.prompts[0], options=options)]
+            total, ttft = time.perf_counter() - start, answers[0].timings.ttft
         else:
             questions: list[Any] = list(zip(request.pictures, map(self._question, request.prompts), strict=True))
             answers = self._engine.answer_batch(questions, options=options)
-        total = time.perf_counter() - start
+            total = time.perf_counter() - start
+            # an answer's ttft begins with its own picture; from the end it is exact if the row that came last ends last,
+            # and too long if not
+            ttft = total - min(answer.timings.decode for answer in answers)
         tokens = [list(answer.token_ids) for answer in answers]
-        return Outcome(tokens, max(answer.timings.ttft for answer in answers), total, answers[0].timings.vision)
+        return Outcome(tokens, ttft, total, answers[0].timings.vision)
 
     def _questions(self, request: Request, options: pgfast.GenerateOptions) -> Outcome:
         """The first answer pays for the picture, the others find its features."""

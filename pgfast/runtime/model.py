@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class Model:
         self.bundle, self._target, self._threads = bundle, target, threads
         self._sessions: dict[Any, Any] = {}
         self._opening = threading.Lock()
-        self.turns: AbstractContextManager[Any] = Turns() if target.name == "cpu" else nullcontext()
+        self.turns = Turns() if target.name == "cpu" else None
         """To be held for a run of either graph. On the CPU each has threads for all cores: at the same time both are slower
         than one after the other."""
         self._picture = threading.Lock()  # one asks for a turn at a time, so that the decoder has every second one
@@ -120,10 +120,13 @@ class Model:
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:
-            with self._picture, self.turns:
+            with self._picture, self.turns or nullcontext():
                 features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
         except Exception as error:
             raise failure("the vision encoder fails", self._target, error) from error
+        finally:
+            if self.turns is not None:  # callers' threads can be interrupted
+                self.turns.leave()
         return features
 
     def _session(self, graph: str, shapes: Shapes | None) -> Any:

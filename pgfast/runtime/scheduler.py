@@ -132,7 +132,9 @@ class Scheduler:
         self._turns = turns or nullcontext()
         self.max_waiting = max_waiting
         self._together, self._max_burst = together, max_burst
-        self._changed = threading.Condition()  # guards the next three
+        # guards the next three; entered by itself, because Ctrl-C can come into the middle of the condition's `with`
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: deque[Ticket] = deque()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -166,21 +168,28 @@ class Scheduler:
         """
         ticket = Ticket(self, row, image_features, prompt)
         ticket.streaming, ticket.patient, ticket.on_start = streaming, patient, on_start
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise _closed()
             if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
                 raise OverloadedError(f"{len(self._waiting)} requests are waiting already: try again later")
-            self._waiting.append(ticket)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="pgfast-scheduler", daemon=True)
-                self._thread.start()
+                self._start_thread()
+            self._waiting.append(ticket)
             self._changed.notify()
         return ticket
 
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="pgfast-scheduler", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:  # there are too many, or Ctrl-C; should it run after all, it finds that it is not the one
+            self._thread = None
+            raise
+
     def cancel(self, ticket: Ticket) -> None:
         """Take a request out; one that is running leaves before the next step."""
-        with self._changed:
+        with self._lock:
             if ticket.finished:
                 return
             ticket.cancelled = True
@@ -192,7 +201,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Fail all requests and end the thread, after the run that it is in; again: nothing."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             left = list(self._waiting)
             self._waiting.clear()
@@ -206,7 +215,9 @@ class Scheduler:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
+                if self._thread is not threading.current_thread():
+                    return
                 while not (self._waiting or self._running or self._closed):
                     self._changed.wait()
                 if self._closed:
@@ -229,7 +240,7 @@ class Scheduler:
         """Run the prompts of newcomers: one between two steps, more only while nobody minds."""
         while True:
             first, room = self._free_slots()
-            with self._changed:
+            with self._lock:
                 patient = takewhile(lambda ticket: ticket.patient, islice(self._waiting, min(room, self._together)))
                 count = max(len(list(patient)), 1) if self._waiting and room else 0
                 newcomers = {first + i: self._waiting.popleft() for i in range(count)}

@@ -39,8 +39,8 @@ def _read(path: Path, name: str, place: str, target: Target) -> Any:
     match = _PLACE.fullmatch(place)
     if match is None:
         raise BundleError(f"{path.name}: {place!r} is no place of {name}")
-    shape = tuple(map(int, match[2].split(", ")))
     try:
+        shape = tuple(map(int, match[2].split(", ")))
         dtype = np.dtype(np.uint16 if match[1] == "bfloat16" else match[1])
         array = np.memmap(path, dtype, "r", int(match[3]), shape)
     except (OSError, ValueError, OverflowError) as error:

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 
 
 class Turns:
-    """Who has finished and asks again stands behind those who wait; with `threading.Lock` a loop could keep all others out."""
+    """Who has finished and asks again stands behind those who wait; with `threading.Lock` a loop could keep all others out.
+
+    Ctrl-C may come while `__exit__` begins, or just behind `__enter__`; a thread that can be interrupted calls `leave` once
+    more, whatever happened.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the line, only for moments
-        self._line: deque[threading.Lock] = deque()
-        """The first one has its turn, the others wait for theirs to be released."""
+        self._line: dict[int, threading.Lock] = {}
+        """By thread, in order. The first one has its turn, the others wait for theirs to be released."""
 
     def __enter__(self) -> None:
         mine = threading.Lock()
         mine.acquire()
         try:
             with self._lock:
-                self._line.append(mine)
-                if self._line[0] is mine:
+                self._line[threading.get_ident()] = mine
+                if next(iter(self._line.values())) is mine:
                     return
             mine.acquire()
         except BaseException:  # Ctrl-C
-            self._leave(mine)
+            self.leave()
             raise
 
     def __exit__(self, *_: object) -> None:
-        self._leave(self._line[0])
+        self.leave()
 
-    def _leave(self, mine: threading.Lock) -> None:
+    def leave(self) -> None:
+        """Give this thread's turn, or its place in the line, to the next one; again: nothing."""
+        me = threading.get_ident()
         with self._lock:
-            if mine not in self._line:
+            if me not in self._line:
                 return
-            first = self._line[0] is mine
-            self._line.remove(mine)
-            if first and self._line:
-                self._line[0].release()
+            first, *others = self._line
+            # released before it is noted: if Ctrl-C comes between, the second call does both again
+            if first == me and others and self._line[others[0]].locked():
+                self._line[others[0]].release()
+            del self._line[me]
