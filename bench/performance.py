@@ -45,10 +45,11 @@ def _memory_ratio(data: Data, t: Target) -> Measured | None:
 
 
 def _vision_saved(data: Data, t: Target) -> Measured | None:
+    """By the encoder's own time: the difference between two answers is smaller than the noise of their prompts."""
     saved = [
-        (sample["each"][0] - next_question) / sample["vision"]
+        1 - sample["later_vision"] / (len(sample["each"]) - 1) / sample["vision"]
         for sample in summary.samples(data, t.contender, t.workload)
-        if sample["vision"] and (next_question := summary.METRICS["next_question"].of(sample))
+        if sample["vision"] and len(sample["each"]) > 1 and "later_vision" in sample
     ]
     value = summary.median(saved)
     return None if value is None else (value, 1.0)

@@ -159,7 +159,7 @@ def rooflines(data: Data, workload: str) -> Iterator[Roof]:
 def work_of(data: Data, entry: dict[str, Any], workload: str, phase: str) -> tuple[float, float, float] | None:
     """FLOP, bytes of memory traffic, and floor in seconds of a phase of a one-row workload; None if not known."""
     cost, limits = cost_of(data), ceilings(data)
-    if cost is None or not {"bandwidth", "fp32_flops"} <= limits.keys():
+    if cost is None or workload not in data["model"]["positions"] or not {"bandwidth", "fp32_flops"} <= limits.keys():
         return None
     positions = data["model"]["positions"][workload]
     vision_bytes, decoder_bytes, value_bytes = _bytes(entry, cost)

@@ -166,6 +166,15 @@ def test_the_roofline_floor() -> None:
     assert step.seconds == pytest.approx(0.1)
     assert step.share == pytest.approx(0.502, rel=5e-3)
     assert first.floor == pytest.approx(0.219 + 1.054 + 0.0104 + 0.001, rel=1e-2)
+    assert list(summary.rooflines(data, "long")) == []  # not part of this run
+
+
+def test_vision_saved_is_of_the_encoders_own_time() -> None:
+    """The first of five questions took 1 s, the others 0.8 s together: a fifth of its time each."""
+    each = {"vision": 1.0, "each": [3.0, 9.0, 2.0, 2.0, 2.0], "workload": "questions"}
+    target = next(target for target in TARGETS if target.of == "vision saved")
+    data = result([sample(target.contender, 0, 1, 18.0, 2.0, later_vision=0.8, **each)])
+    assert performance.MEASURES["vision saved"](data, target) == (pytest.approx(0.8), 1.0)
 
 
 def test_gpu_ceilings_are_measured_with_torch() -> None:

@@ -122,6 +122,7 @@ def test_the_second_question_skips_the_vision_encoder(data: dict[str, Any]) -> N
     for sample in summary.samples(data, "pgfast fp32", "questions"):
         assert len(sample["each"]) == 10
         assert sample["vision"] > 0
+        assert sample["later_vision"] == 0
         assert sum(sample["each"]) == pytest.approx(sample["total"], rel=0.01)
 
 

@@ -65,7 +65,9 @@ class Outcome:
     total: float
     """From the request to the last token, text included."""
     vision: float | None = None
-    """Vision encoder, where the contender tells."""
+    """Vision encoder, where the contender tells: the first picture."""
+    later_vision: float = 0.0
+    """Vision encoder, of all questions after the first about the same picture."""
     each: list[float] = field(default_factory=list)
     """Of requests that reuse the picture: the time of each question."""
 

@@ -53,6 +53,7 @@ class PgfastEngine:
             now = time.perf_counter()
             outcome.tokens.append(list(answer.token_ids))
             outcome.each.append(now - last)
+            outcome.later_vision += answer.timings.vision
             outcome.ttft = outcome.ttft or vision + answer.timings.ttft
             last = now
         outcome.total = last - start
