@@ -87,7 +87,8 @@ def run(checkpoint: str | None, out: Path, work: Path, accuracy_file: Path | Non
     from .participants import PEERS, read_accuracy
     from .prepare import prepare
     from .report import write_report
-    from .run import Settings, measure
+    from .run import measure
+    from .settings import Settings
     from .synth import MODELS
 
     def say(line: str) -> None:

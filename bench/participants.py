@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pgfast.bundle import Bundle
 from pgfast.errors import InputError
@@ -14,9 +14,7 @@ from pgfast.errors import InputError
 from .contenders import Spec
 from .contenders.registry import missing
 from .contenders.stock_onnx import GRAPHS
-
-if TYPE_CHECKING:
-    from .run import Settings
+from .settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

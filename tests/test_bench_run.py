@@ -23,7 +23,8 @@ from pgfast.bench.contenders.pgfast_engine import PgfastEngine
 from pgfast.bench.participants import choose
 from pgfast.bench.prepare import prepare
 from pgfast.bench.report import read_results
-from pgfast.bench.run import Settings, measure
+from pgfast.bench.run import measure
+from pgfast.bench.settings import Settings
 from pgfast.bench.synth import config_of
 from pgfast.bench.workloads import WORKLOADS, Requests, read_message
 from pgfast.export.plan import ExportOptions
