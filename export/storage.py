@@ -79,7 +79,7 @@ class Storage:
 
 PAIR_SAFE = 64
 """Largest weight whose products with bytes, two added, fit 16 bits: 2 * 255 * 64 < 2**15. x86 without VNNI adds pairs that way
-and saturates; ONNX Runtime's exact kernel is as fast there, but its session loads in 16 to 18 s instead of 5 to 6 (3B, AVX2)."""
+and saturates; ONNX Runtime has an exact kernel, as fast, but its session loads in 16 to 18 s instead of 5 to 6 (3B, AVX2)."""
 
 
 def quantize_rows(matrix: Array) -> tuple[Array, Array]:
