@@ -1,0 +1,1 @@
+"""Where questions and pictures come from: one `Dataset` for every format (no torch here)."""
