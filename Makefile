@@ -57,5 +57,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 # torch first and by itself: no other package may pull in a newer one
 $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.demo | $(BIN)/python
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[cpu,export,train,verify,bench]' --group dev
+	$(PIP) install -c constraints.txt -e '.[cpu,export,train,datasets,qlora,verify,bench]' --group dev
 	touch $@
