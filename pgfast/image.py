@@ -131,14 +131,23 @@ def to_pixel_values(image: PILImage, spec: ImageSpec) -> NDArray[np.float32]:
     Returns:
         float32 [1, 3, R, R].
     """
+    # resizing on uint8, then scaling, in this order (transformers, image_processing_pil_siglip.py)
+    return normalize(squash(image, spec)[None], spec)
+
+
+def squash(image: PILImage, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Resize to the model's square, uint8 [R, R, 3]."""
     from PIL import Image
 
     resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[spec.resampling]
-    # resizing on uint8, then scaling, in this order (transformers, image_processing_pil_siglip.py)
-    resized = image.resize((spec.size, spec.size), resample)
+    return np.asarray(image.resize((spec.size, spec.size), resample))
+
+
+def normalize(images: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
+    """Scale and normalise: uint8 [N, R, R, 3] to float32 [N, 3, R, R]."""
     mean, std, factor = (np.array(value, dtype=np.float32) for value in (spec.mean, spec.std, spec.rescale_factor))
-    pixels: NDArray[np.float32] = (np.asarray(resized, dtype=np.float32) * factor - mean) / std  # [R, R, 3]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])  # [1, 3, R, R]
+    pixels: NDArray[np.float32] = (images.astype(np.float32) * factor - mean) / std  # [N, R, R, 3]
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def _reason(error: BaseException) -> str:

@@ -23,6 +23,7 @@ SEPARATOR = "\n"
 """Ends the prompt; the answer follows it."""
 
 _RESERVED = re.compile(r"<(?:image|pad|eos|bos|unk|loc\d{4}|seg\d{3})>")
+_LOCATION = re.compile(r"<(?:loc\d{4}|seg\d{3})>")
 
 
 class Tokenizer:
@@ -64,6 +65,7 @@ class Tokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self._unknown_id = tokenizer.token_to_id("<unk>")
         self._reserved_ids = {id for id, token in added.items() if _RESERVED.fullmatch(token.content)} - {self._unknown_id}
+        self._location_ids = {id for id, token in added.items() if _LOCATION.fullmatch(token.content)}
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -94,13 +96,13 @@ class Tokenizer:
             raise PromptError(f"the text has {len(ids)} tokens: this model takes at most {max_tokens}")
         return ids
 
-    def _encode_plain(self, text: str, max_tokens: int) -> list[int]:
-        """Encode text that may not hold or become a marker."""
+    def _encode_plain(self, text: str, max_tokens: int, *, locations: bool = False) -> list[int]:
+        """Encode text that may not hold or become a marker; with `locations` those of boxes and masks are allowed."""
         if not isinstance(text, str):
             raise PromptError(f"a text is needed, not {type(text).__name__}")
         if not text.strip():
             raise PromptError("the text is empty: ask a question")
-        if marker := _RESERVED.search(text):
+        if marker := _RESERVED.search(_LOCATION.sub("", text) if locations else text):
             raise PromptError(f"the text contains {marker.group()}, a marker of the model itself: remove it")
         try:
             text.encode()
@@ -113,7 +115,7 @@ class Tokenizer:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:
             raise BundleError(f"tokenizer.json is not a usable tokenizer file: {_one_line(error)}") from error
-        if self._reserved_ids.intersection(encoding.ids):
+        if (self._reserved_ids - self._location_ids if locations else self._reserved_ids).intersection(encoding.ids):
             raise PromptError("the text turns into a marker of the model itself: rephrase it")
         if max(encoding.ids, default=0) >= self._vocab_size:
             raise BundleError("tokenizer.json has ids outside the model's vocabulary: they do not belong together")
@@ -122,9 +124,9 @@ class Tokenizer:
             logger.warning("the model has no words for: %s", ", ".join(sorted(unknown)))
         return list(encoding.ids)
 
-    def encode_suffix(self, text: str, *, max_tokens: int = 1000) -> list[int]:
-        """Return the ids of an answer, without `<eos>` (raises as `encode_prompt`)."""
-        return self._encode_plain(text, max_tokens)
+    def encode_suffix(self, text: str, *, max_tokens: int = 1000, locations: bool = False) -> list[int]:
+        """Return the ids of an answer, without `<eos>`; `locations` lets `<loc>` and `<seg>` in (raises as `encode_prompt`)."""
+        return self._encode_plain(text, max_tokens, locations=locations)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids; `<loc>` and `<seg>` markers stay, `<eos>` and the like do not.
@@ -137,6 +139,10 @@ class Tokenizer:
             if not text.endswith("\ufffd") or dropped >= len(ids):
                 return text
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def decode_with_markers(self, ids: Sequence[int]) -> str:
+        """Return the text of ids with `<bos>`, `<eos>` and all other markers, to look at."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def fill_template(template: str, *, text: str, language: str) -> str:

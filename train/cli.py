@@ -4,62 +4,89 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import click
 
-from pgfast.errors import MissingDependencyError
+from pgfast.errors import InputError, MissingDependencyError
 
-from .config import TinyConfig
+from .config import TrainConfig, flag
+from .presets import PRESETS, resolve
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Without a terminal."""
 
 
-@click.group()
-def train() -> None:
-    """Train a PaliGemma."""
-
-
-def _overrides(command: Any) -> Any:
-    """Give every number of the recipe a flag of its own."""
-    for field in reversed(dataclasses.fields(TinyConfig)):
-        if isinstance(field.default, int | float | str):
-            flag = "--" + field.name.replace("_", "-")
-            command = click.option(flag, type=type(field.default), default=field.default, show_default=True)(command)
+def _values(command: Any) -> Any:
+    """Give every value of `TrainConfig` a flag; one that is not given leaves the preset's value."""
+    for field in reversed(dataclasses.fields(TrainConfig)):
+        if field.name == "preset":
+            continue
+        name, kind, text = flag(field.name), type(field.default), field.metadata["help"]
+        declaration = f"{name}/--no-{name[2:]}" if kind is bool else name
+        one_of = field.metadata["one_of"]
+        shown = "" if kind is bool or field.default == "" else f" [{field.default}]"
+        option_type = None if kind is bool else click.Choice(one_of) if one_of else kind
+        command = click.option(declaration, field.name, type=option_type, default=None, help=text + shown)(command)
     return command
 
 
-@train.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@_overrides
-def tiny(out: Path, **values: Any) -> None:
-    """Train the demo model on easy-VQA in the folder OUT; the same command continues a run that was stopped.
+@click.command(short_help="Fine-tune a PaliGemma.")
+@click.option("--preset", required=True, type=click.Choice(list(PRESETS)), help="Recipe to start from.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the run; the same command continues it.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show the first batch, reckon memory and time; train nothing.")
+@_values
+def train(preset: str, out: Path | None, dry_run: bool, **values: Any) -> None:
+    """Fine-tune a PaliGemma checkpoint on questions about pictures.
 
-    The Hugging Face checkpoint is OUT/checkpoint.
+    Flags change the preset's values; defaults in brackets are those without a preset. OUT/checkpoint is the result, a Hugging
+    Face folder or a PEFT adapter for `pgfast export`. Also under `torchrun -m pgfast train ...` or `accelerate launch`.
     """
+    config = resolve(preset, {name: value for name, value in values.items() if value is not None})
+    if out is None and not dry_run:
+        raise InputError("no --out: name the folder of the run")
     try:
-        from .trainer import TinyRun
+        from . import distributed, dry_run as rehearsal
+        from .run import start
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "train") from error
-    config = TinyConfig(**values)
-    with _Bars() as on_progress:
-        run = TinyRun(config, out, on_progress)
-        report = run.run()
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    print(f"pgfast: {out / 'checkpoint'}: validation accuracy {report['accuracy']:.2%}", file=sys.stderr)
-    print(json.dumps(report))
+    processes = distributed.join()
+    logging.basicConfig(stream=sys.stderr, format="pgfast: %(message)s", level=logging.WARNING)
+    try:
+        with _Bars(processes.is_main) as on_progress:
+            if dry_run:
+                text = rehearsal.rehearse(config, out, processes, on_progress)
+            else:
+                assert out is not None
+                report = start(config, out, processes, on_progress)
+                text = json.dumps(report)
+    finally:
+        processes.close()
+    if processes.is_main:
+        print(text)
 
 
 class _Bars:
-    """One progress bar per stage on stderr, or a line every hundred steps when that is not a terminal."""
+    """One progress bar per stage on stderr, or a line now and then when that is not a terminal.
+
+    Args:
+        shown: Whether this process draws.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self._shown, self._last = shown, 0.0
 
     def __enter__(self) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        self._terminal = console.is_terminal
+        self._terminal = console.is_terminal and self._shown
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         text = "{task.description} {task.fields[message]}"
         self._bar = Progress(TextColumn(text), *columns, console=console, disable=not self._terminal)
@@ -71,8 +98,12 @@ class _Bars:
         self._bar.stop()
 
     def _update(self, stage: str, done: int, total: int, message: str) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=total, message="")
-        self._bar.update(self._tasks[stage], completed=done, message=message)
-        if not self._terminal and (done % 100 == 0 or done == total):
-            print(f"{stage} {done}/{total} {message}", file=sys.stderr, flush=True)
+        if not self._shown:
+            return
+        if self._terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(stage, total=total, message="")
+            self._bar.update(self._tasks[stage], completed=done, total=total, message=message)
+        elif done == total or stage == "evaluated" or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            print(f"{stage} {done}/{total} {message}".rstrip(), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Learning-rate schedule and optimizer groups."""
+"""Learning-rate factors, as transformers' schedulers give them, and the optimizer."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from typing import Any
 import torch
 
 
-def cosine(step: int, steps: int, warmup_fraction: float) -> float:
-    """Return the factor of step 0..steps-1: a linear warm-up, then half a cosine down to zero."""
-    warmup = max(1, round(steps * warmup_fraction))
+def factor(step: int, steps: int, *, kind: str, warmup: int) -> float:
+    """Return the factor of the learning rate at step 0 to steps - 1 (`get_linear_schedule_with_warmup` and its like).
+
+    Args:
+        step: Steps done before.
+        steps: Of the whole run.
+        kind: linear, cosine or constant, after the warm-up.
+        warmup: Steps from 0 up to 1; the first one has the factor 0.
+    """
     if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    if kind == "linear":
+        return max(0.0, 1 - progress)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress))) if kind == "cosine" else 1.0
 
 
-def linear(step: int, steps: int) -> float:
-    """Return the factor of step 0..steps-1: linear to zero."""
-    return 1 - step / steps
-
-
-def adamw(
-    named: Iterable[tuple[str, torch.nn.Parameter]], lr: float, betas: tuple[float, float], weight_decay: float
+def adam(
+    named: Iterable[tuple[str, torch.nn.Parameter]], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (no norms, biases or embeddings)."""
+    """Adam with decoupled weight decay on matrices only (no norms, biases or embeddings); without decay it is plain Adam."""
     decay: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for name, parameter in named:
-        (decay if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
+        if parameter.requires_grad:
+            (decay if parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name else plain).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ class Batch:
     """[B]; image tokens plus prefix."""
     lengths: NDArray[np.int64]
     """[B]; image tokens plus prefix plus suffix."""
+    num_image_tokens: int
+    """P."""
 
     def attention_mask(self) -> NDArray[np.bool_]:
         """Return the prefix-LM mask, [B, L, L]: True where query q may attend to key k."""
@@ -86,4 +88,18 @@ def collate(examples: Sequence[Example], *, image_token_id: int, num_image_token
         input_ids[row, num_image_tokens : lengths[row]] = [*example.prefix, *example.suffix]
         # the last prefix token (the newline) predicts the first answer token
         labels[row, prefix_lengths[row] - 1 : lengths[row] - 1] = example.suffix
-    return Batch(input_ids, labels, prefix_lengths, lengths)
+    return Batch(input_ids, labels, prefix_lengths, lengths, num_image_tokens)
+
+
+def loss_weights(batch: Batch, reduction: Literal["token", "example"], total: float) -> NDArray[np.float32]:
+    """Return what each answer position counts in the loss, [A].
+
+    Args:
+        batch: The examples.
+        reduction: `token`: every token alike; `example`: every example alike, its tokens sharing it.
+        total: Sum of the weights over all passes and processes of the step: answer tokens or examples.
+    """
+    rows = np.nonzero(batch.labels != IGNORE)[0]  # [A], in the order of `labels[labels != IGNORE]`
+    shares = 1 / np.bincount(rows, minlength=len(batch.labels)) if reduction == "example" else np.ones(len(batch.labels))
+    weights: NDArray[np.float32] = (shares[rows] / total).astype(np.float32)
+    return weights

@@ -1,193 +1,277 @@
-"""The demo model's training run: vision tower first, then the whole model; resumable at any step.
-
-Every random choice of a step comes from a generator seeded with (seed, stage, step), so a run that continues needs no saved
-random state: the weights, the optimizer and the step number are all there is.
-"""
+"""The loop: passes, optimizer steps, evaluations, states to continue from, and the checkpoint at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
+import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pgfast.errors import TrainError
-from pgfast.prompt import Tokenizer, fill_template
 
-from . import easy_vqa_data, evaluation, schedule, tiny_paligemma
-from .config import TinyConfig
-from .easy_vqa_data import Questions
-from .model_step import answer_loss, pixel_values
-from .sampling import QuestionSampler
-from .sequence import Batch, Example, collate
-from .vision_pretraining import TowerClassifier, tower_loss
+from . import schedule, state
+from .answer_model import batch_tensors
+from .batches import BatchMaker, MicroBatch
+from .checkpoint import write_checkpoint
+from .config import difference
+from .distributed import Processes, gradients_stay, wrap
+from .feature_cache import FeatureCache
+from .pictures import Pictures
+from .plan import Plan, Progress
+from .run_log import Evaluated, RunLog
+from .setup import Trainee, build
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
-TOWER, WHOLE = 0, 1
-"""The two stages, in order."""
-Progress = Callable[[str, int, int, str], None]
-"""Called with (stage, done, total, message) after every step."""
+STATES, CHECKPOINT = "state", "checkpoint"
 
 
-class TinyRun:
-    """One run in one folder.
+class Trainer:
+    """One run in one folder; made again over the same folder it continues.
 
     Args:
-        config: The recipe.
-        out: Folder of the run: `state.pt`, `history.jsonl`, and at the end the Hugging Face folder `checkpoint/`.
+        plan: What to do.
+        out: Folder of the run.
+        processes: This process among the others.
         on_progress: Called after every step.
 
     Raises:
-        TrainError: `out` holds a run with another recipe.
+        TrainError: The folder holds another run, or the base model does not load.
     """
 
-    def __init__(self, config: TinyConfig, out: Path, on_progress: Progress) -> None:
-        torch.set_num_threads(config.threads)
+    def __init__(self, plan: Plan, out: Path, processes: Processes, on_progress: Progress) -> None:
+        config = plan.config
+        self.plan, self.out, self.processes, self.on_progress = plan, out, processes, on_progress
+        self.step, self.best, self.since_best = 0, -1.0, 0
+        found = state.newest(out / STATES)
+        self._cursor = state.read_cursor(found) if found else None
+        if self._cursor:
+            self._check(self._cursor)
         torch.manual_seed(config.seed)
-        self.config, self.out, self.on_progress = config, out, on_progress
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainError(f"{out} cannot be created: {error.strerror}") from error
-        everything = easy_vqa_data.load("train")
-        self.train, self.validation = easy_vqa_data.hold_out(everything, config.validation_fraction, config.seed)
-        self.boxes = easy_vqa_data.bounding_boxes(self.train.images)
-        words = [fill_template(config.prompt, language="en", text=""), *everything.texts, *everything.answers]
-        self.hf_tokenizer = tiny_paligemma.build_tokenizer(words)
-        hf_config = tiny_paligemma.build_config(self.hf_tokenizer)
-        # eager attention with bf16 matmuls is the quickest on CPU: 0.28 s a step against 0.5 s with sdpa
-        self.model = tiny_paligemma.build_model(hf_config)
-        self.model.set_attn_implementation("eager")
-        self.tower = TowerClassifier(self.model.model.vision_tower)
-        tokenizer = Tokenizer.wrap(self.hf_tokenizer, bos_id=hf_config.bos_token_id)
-        self.encode = lambda questions: _encode(tokenizer, config.prompt, hf_config.eos_token_id, questions)
-        self.collate = lambda examples: collate(
-            examples,
-            image_token_id=hf_config.image_token_index,
-            num_image_tokens=hf_config.text_config.num_image_tokens,
-            pad_token_id=hf_config.pad_token_id,
+        self.trainee: Trainee = build(config, plan.base)
+        hf = plan.base.config
+        special = {
+            "image_token_id": hf.image_token_id,
+            "num_image_tokens": plan.base.num_image_tokens,
+            "pad_token_id": hf.pad_token_id,
+        }
+        shard = processes.world > 1 and config.method == "full"
+        self._cache = self._open_cache()
+        self.model: nn.Module = wrap(self.trainee.answer_model, processes, shard=shard)
+        self.optimizer = schedule.adam(
+            self.model.named_parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
         )
-        self.stage, self.step = TOWER, 0
-        self.optimizer = self._optimizer()
-        self._resume()
+        self._batches = BatchMaker(
+            config,
+            plan.train.dataset,
+            plan.order,
+            plan.encoder,
+            Pictures(plan.train.dataset, plan.base.image),
+            special,
+            cache=self._cache,
+            augment=plan.augment,
+            rank=processes.rank,
+            world=processes.world,
+        )
+        self._validation = Validation(plan, special, processes, sharded=shard) if plan.evaluation else None
+        if found and self._cursor:
+            state.load(found, self.model, self.optimizer)
+            self.step, extra = self._cursor.step, self._cursor.extra
+            self.best, self.since_best = extra["best"], extra["since_best"]
+            logger.info("continuing at step %d", self.step)
+        self.log = RunLog(out, self.step) if processes.is_main else None
 
     def run(self) -> dict[str, Any]:
-        """Train what is left, write `checkpoint/`, and return the validation report."""
-        if self.stage == TOWER:
-            self._train_tower()
-            self.stage, self.step = WHOLE, 0
-            self.optimizer = self._optimizer()
-            self._save()
-        self._train_whole()
-        report = self.evaluate(self.validation)
-        tiny_paligemma.save_checkpoint(self.out / "checkpoint", self.model, self.hf_tokenizer)
-        return report
+        """Train what is left and write the checkpoint.
 
-    def evaluate(self, questions: Questions) -> dict[str, Any]:
-        """Return accuracy overall and per kind of question."""
-        return evaluation.accuracy(self.model, questions, self.encode(questions), self.collate)
+        Returns:
+            `steps`, `loss` of the last step, `accuracy` of the checkpoint (None without evaluation data), `stopped_early`.
 
-    def _train_tower(self) -> None:
-        config = self.config
-        shape, color = easy_vqa_data.labels(self.train)
-        known = np.flatnonzero((shape >= 0) & (color >= 0))
-        self.tower.train()
-        for step in range(self.step, config.tower_steps):
-            rng = np.random.default_rng([config.seed, TOWER, step])
-            rows = rng.choice(known, size=config.tower_batch, replace=False)
-            pictures = easy_vqa_data.move_shapes(self.train.images[rows], self.boxes[rows], rng)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = tower_loss(self.tower, pixel_values(pictures), shape[rows], color[rows])
-            lr = config.tower_learning_rate * schedule.linear(step, config.tower_steps)
-            self._update(loss, self.tower, lr)
-            self._after_step("vision tower", step + 1, config.tower_steps, loss.item())
-
-    def _train_whole(self) -> None:
-        config = self.config
-        sampler = QuestionSampler(self.train, config.natural_from)
-        examples = self.encode(self.train)
+        Raises:
+            TrainError: The loss is not a number, a picture is broken, the disk is full. The last state is kept.
+        """
+        stopped, loss, losses = False, math.nan, []
+        config, steps = self.plan.config, self.plan.steps
         self.model.train()
-        for step in range(self.step, config.steps):
-            rng = np.random.default_rng([config.seed, WHOLE, step])
-            drawn, asked = sampler.draw(rng, step / config.steps, config.pictures_per_step, config.questions_per_picture)
-            pictures = easy_vqa_data.move_shapes(self.train.images[drawn], self.boxes[drawn], rng)
-            batch: Batch = self.collate([examples[row] for row in asked])
-            of_picture = np.repeat(np.arange(len(drawn)), config.questions_per_picture)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = answer_loss(self.model, pixel_values(pictures), of_picture, batch)
-            self._update(loss, self.model, config.learning_rate * schedule.cosine(step, config.steps, config.warmup_fraction))
-            self._after_step("whole model", step + 1, config.steps, loss.item())
-            if (step + 1) % config.evaluate_every == 0 and step + 1 < config.steps:
-                self._log({"step": step + 1, "validation": self.evaluate(self.validation)})
-                self.model.train()
+        try:
+            for passes in self._batches.steps(self.step, steps):
+                start = time.perf_counter()
+                loss, norm, lr = self._train(passes)
+                losses.append(loss)
+                self.step += 1
+                self._log_step(loss, norm, lr, time.perf_counter() - start)
+                if self.step in self._evaluation_steps():
+                    self._evaluate(float(np.mean(losses)))
+                    losses = []
+                    stopped = bool(config.patience) and self.since_best >= config.patience
+                if self.step % config.save_every == 0 or self.step == steps or stopped:
+                    self._save()
+                if stopped:
+                    break
+        finally:
+            self._batches.close()
+            if self.log:
+                self.log.close()
+        if self._validation is None or self.best < 0:
+            self._write_checkpoint()
+        accuracy = self.best if self.best >= 0 else None
+        return {"steps": self.step, "loss": loss, "accuracy": accuracy, "stopped_early": stopped and self.step < steps}
 
-    def _update(self, loss: torch.Tensor, module: torch.nn.Module, lr: float) -> None:
-        if not torch.isfinite(loss):
-            raise TrainError(f"the loss is {loss.item()} at step {self.step + 1}; the last good state is in {self.out}")
+    def _evaluation_steps(self) -> set[int]:
+        if self._validation is None:
+            return set()
+        count = self.plan.config.evaluations
+        return {max(1, round(self.plan.steps * (i + 1) / count)) for i in range(count)}
+
+    def _train(self, passes: list[MicroBatch]) -> tuple[float, float, float]:
+        """Do one optimizer step; return its loss, the norm of its gradients, and its learning rate."""
+        config, world = self.plan.config, self.processes.world
+        total = torch.zeros((), dtype=torch.float64)
+        for number, micro in enumerate(passes):
+            with gradients_stay(self.model, number + 1 < len(passes)):
+                with self._autocast():
+                    losses = self.model(**self._tensors(micro))  # [A]
+                loss = (losses * torch.from_numpy(micro.weights).to(losses.device)).sum()
+                # DDP and FSDP take the mean over processes; the weights already are shares of the whole step
+                (loss * world).backward()
+            total += loss.detach().double().cpu()
+        value = float(self.processes.sum(total))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise TrainError(self._keep_bad_batch(passes, value, norm))
+        warmup = config.warmup_steps or round(config.warmup_fraction * self.plan.steps)
+        lr = config.learning_rate * schedule.factor(self.step, self.plan.steps, kind=config.schedule, warmup=warmup)
         schedule.set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, norm, lr
 
-    def _after_step(self, stage: str, done: int, total: int, loss: float) -> None:
-        self.step = done
-        self.on_progress(stage, done, total, f"loss {loss:.4f}")
-        if done % 50 == 0:
-            self._log({"stage": stage, "step": done, "loss": round(loss, 5)})
-        if done % self.config.save_every == 0:
-            self._save()
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.plan.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.processes.device.type, torch.bfloat16)
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        named = (self.tower if self.stage == TOWER else self.model).named_parameters()
-        config = self.config
-        return schedule.adamw(named, config.learning_rate, config.adam_betas, config.weight_decay)
+    def _tensors(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
+        device = self.processes.device
+        tensors = batch_tensors(micro.batch, micro.image_index, device)
+        if self._cache is None:
+            assert micro.pixel_values is not None
+            return tensors | {"pixel_values": torch.from_numpy(micro.pixel_values).to(device)}
+        hidden = dict(micro.features)
+        missing = [i for i in range(len(micro.names)) if i not in hidden]
+        tower = self.trainee.model.model.vision_tower  # frozen, so no process shares or shards it
+        for at, i in enumerate(missing):
+            # one at a time: a picture's features must not depend on what was beside it
+            pixels = torch.from_numpy(np.asarray(micro.pixel_values)[at : at + 1]).to(device)
+            with torch.no_grad(), self._autocast():
+                out = tower(pixels).last_hidden_state[0]  # [P, W]
+            hidden[i] = out.to(torch.bfloat16 if self.plan.config.precision == "bf16" else torch.float32)
+            if micro.names[i]:
+                self._cache.save(micro.names[i], hidden[i])
+        return tensors | {"image_hidden": torch.stack([hidden[i].to(device) for i in range(len(micro.names))])}
 
-    def _log(self, row: dict[str, Any]) -> None:
-        with (self.out / "history.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), **row}) + "\n")
+    def _evaluate(self, training_loss: float) -> None:
+        assert self._validation is not None
+        start = time.perf_counter()
+        with self._autocast():
+            loss, score = self._validation.run(self.model, self.on_progress)
+        assert score.overall is not None
+        evaluated = Evaluated(
+            step=self.step,
+            epoch=self._epoch(),
+            training_loss=training_loss,
+            loss=loss,
+            accuracy=score.overall.accuracy,
+            by_type={name: group.accuracy for name, group in score.by_answer_type.items()},
+            count=score.overall.count,
+            seconds=round(time.perf_counter() - start, 2),
+        )
+        if self.log:
+            self.log.evaluation(evaluated)
+        self.since_best += 1
+        if evaluated.accuracy > self.best:
+            self.best, self.since_best = evaluated.accuracy, 0
+            self._write_checkpoint()
+        message = f"accuracy {evaluated.accuracy:.2%}, best {self.best:.2%}"
+        self.on_progress("evaluated", self.step, self.plan.steps, message)
+
+    def _epoch(self) -> float:
+        return self.step * self.plan.per_step / len(self.plan.train.rows)
+
+    def _log_step(self, loss: float, norm: float, lr: float, seconds: float) -> None:
+        speed = self.plan.per_step / seconds
+        if self.log:
+            row = dict(step=self.step, epoch=self._epoch(), loss=loss, learning_rate=lr, gradient_norm=norm)
+            self.log.step(row | {"examples_per_second": round(speed, 2), "seconds": round(seconds, 4)})
+        self.on_progress("training", self.step, self.plan.steps, f"loss {loss:.4f}, {speed:.1f} examples/s")
 
     def _save(self) -> None:
-        """Write the state beside the old one and swap them, so that a kill leaves one of the two."""
-        state = {
-            "config": self.config.digest(),
-            "stage": self.stage,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "heads": self.tower.heads_state(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        partial = self.out / "state.pt.partial"
-        torch.save(state, partial)
-        os.replace(partial, self.out / "state.pt")
+        if self.log:
+            self.log.flush()
+        plan = self.plan
+        cursor = state.Cursor(
+            step=self.step,
+            digest=plan.config.digest(),
+            fixed=plan.config.fixed(),
+            base=plan.base.fingerprint(),
+            data=plan.data_digest,
+            world=self.processes.world,
+            extra={"best": self.best, "since_best": self.since_best},
+        )
+        state.save(self.out / STATES, cursor, self.model, self.optimizer)
 
-    def _resume(self) -> None:
-        path = self.out / "state.pt"
-        if not path.exists():
-            return
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception as error:  # whatever torch and pickle raise for a damaged file
-            raise TrainError(f"{path} is damaged: remove it to start again") from error
-        if state["config"] != self.config.digest():
-            raise TrainError(f"{self.out} holds a run with another recipe: choose another folder or remove it")
-        self.stage, self.step = state["stage"], state["step"]
-        self.model.load_state_dict(state["model"])
-        self.tower.load_heads(state["heads"])
-        self.optimizer = self._optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
-        logger.info("continuing %s at step %d", "the tower" if self.stage == TOWER else "the model", self.step)
+    def _check(self, cursor: state.Cursor) -> None:
+        plan = self.plan
+        way_out = f"choose another --out, or remove {self.out}"
+        if cursor.digest != plan.config.digest():
+            raise TrainError(f"{self.out} holds another run: {difference(cursor.fixed, plan.config.fixed())}; {way_out}")
+        if cursor.base != plan.base.fingerprint():
+            raise TrainError(f"{self.out} was trained from other weights than {plan.base.name} holds now; {way_out}")
+        if cursor.data != plan.data_digest:
+            raise TrainError(f"{self.out} was trained on other rows than {plan.config.data} holds now; {way_out}")
+        if cursor.world != self.processes.world:
+            raise TrainError(f"{self.out} ran with {cursor.world} processes, this is {self.processes.world}; {way_out}")
 
+    def _write_checkpoint(self) -> None:
+        write_checkpoint(self.out / CHECKPOINT, self.plan, self.trainee, self.model, self.processes)
 
-def _encode(tokenizer: Tokenizer, template: str, eos_id: int, questions: Questions) -> list[Example]:
-    prompts = {text: fill_template(template, text=text, language="en") for text in set(questions.texts)}
-    prefix = {text: tokenizer.encode_prompt(prompt, max_tokens=64) for text, prompt in prompts.items()}
-    suffix = {text: [*tokenizer.encode_suffix(text), eos_id] for text in set(questions.answers)}
-    return [Example(prefix[q], suffix[a]) for q, a in zip(questions.texts, questions.answers, strict=True)]
+    def _open_cache(self) -> FeatureCache | None:
+        config, base = self.plan.config, self.plan.base
+        if not config.feature_cache:
+            return None
+        key = json.dumps([asdict(base.image), config.precision, config.attention])
+        self.trainee.answer_model.to(self.processes.device)
+        return FeatureCache(Path(config.feature_cache), self.trainee.model.model.vision_tower, key)
+
+    def _keep_bad_batch(self, passes: list[MicroBatch], loss: float, norm: float) -> str:
+        """Write the rows of a step whose loss is not a number; return what to tell."""
+        file = self.out / f"bad-batch-step-{self.step + 1}-process-{self.processes.rank}.json"
+        dataset, tokenizer = self.plan.train.dataset, self.plan.base.tokenizer
+        rows = [
+            {
+                "row": int(row),
+                **{name: value for name, value in asdict(dataset.record(int(row))).items() if name != "answers"},
+                "input_ids": ids[: int(length)].tolist(),
+                "decoded": tokenizer.decode(ids[micro.batch.num_image_tokens : int(length)].tolist()),
+            }
+            for micro in passes
+            for row, ids, length in zip(micro.rows, micro.batch.input_ids, micro.batch.lengths, strict=True)
+        ]
+        file.write_text(json.dumps({"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}, indent=1))
+        what = f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}"
+        return f"{what}: the batch is in {file}, the last good state in {self.out / STATES}"

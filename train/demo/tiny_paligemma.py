@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pgfast.manifest import ImageSpec
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -22,6 +24,7 @@ IMAGE_TOKEN = "<image>"
 VOCAB_SIZE = 1280
 """Rows of the embedding: the tokens above, the words of the data, the rest unused (as in the real checkpoints)."""
 IMAGE_SIZE, PATCH_SIZE = 64, 8
+IMAGE_SPEC = ImageSpec(IMAGE_SIZE, [0.5] * 3, [0.5] * 3, 1 / 255, "bicubic")
 
 
 def build_tokenizer(texts: Iterable[str]) -> Tokenizer:

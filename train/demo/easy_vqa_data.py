@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,17 +104,16 @@ def labels(questions: Questions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return shape, color
 
 
-def move_shapes(images: NDArray[Any], boxes: NDArray[np.int64], rng: np.random.Generator) -> NDArray[Any]:
+def move_shapes(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Flip, rotate by quarter turns and shift each picture's shape to a random place; no answer changes.
 
     Args:
         images: [N, R, R, 3].
-        boxes: [N, 4], top, left, bottom, right of each shape (`bounding_boxes`).
         rng: Source of the choices.
     """
     size = images.shape[1]
     out = np.empty_like(images)
-    for row, (image, (top, left, bottom, right)) in enumerate(zip(images, boxes, strict=True)):
+    for row, (image, (top, left, bottom, right)) in enumerate(zip(images, bounding_boxes(images), strict=True)):
         # the background has one colour, so rolling within the shape's room only moves the shape
         down = rng.integers(-top, size - bottom, endpoint=True)
         across = rng.integers(-left, size - right, endpoint=True)
