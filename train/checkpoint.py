@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
     Raises:
         TrainError: The disk is full or cannot be written; the old checkpoint is still there.
     """
-    whole = None
+    whole: dict[str, Any] | None = None
     if trainee.peft is None:  # sharded weights are put together by all processes
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=processes.world > 1))
     if not processes.is_main:

@@ -51,7 +51,8 @@ def train(preset: str, out: Path | None, dry_run: bool, **values: Any) -> None:
     if out is None and not dry_run:
         raise InputError("no --out: name the folder of the run")
     try:
-        from . import distributed, dry_run as rehearsal
+        from . import distributed
+        from . import dry_run as rehearsal
         from .run import start
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "train") from error

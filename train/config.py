@@ -31,10 +31,14 @@ class TrainConfig:
     lora_alpha: float = _value(8.0, "LoRA update is scaled by alpha / rank.", low=0)
     lora_dropout: float = _value(0.0, "Dropout in front of the LoRA matrices.", low=0)
     precision: str = _value(
-        "auto", "Of the arithmetic: bf16 (masters stay fp32) or fp32; auto: bf16 where the device has it.", one_of=("auto", "bf16", "fp32")
+        "auto",
+        "Of the arithmetic: bf16 (masters stay fp32) or fp32; auto: bf16 where the device has it.",
+        one_of=("auto", "bf16", "fp32"),
     )
     attention: str = _value("sdpa", "Attention of transformers.", one_of=("sdpa", "eager"), free=True)
-    gradient_checkpointing: bool = _value(False, "Keep no activations inside layers: less memory, a third more time.", free=True)
+    gradient_checkpointing: bool = _value(
+        False, "Keep no activations inside layers: less memory, a third more time.", free=True
+    )
 
     data: str = _value("", "Training data: JSONL, VQAv2 questions, a folder, a Hub id, easy-vqa:train.")
     images: str = _value("", "Folder of its pictures, where the data does not say it.")
@@ -55,7 +59,9 @@ class TrainConfig:
     max_answer_tokens: int = _value(128, "Longest answer, end included; longer ones are bad rows.", low=2)
     cut_answers: bool = _value(False, "Cut longer answers instead (then without an end).")
     order: str = _value(
-        "epochs", "epochs: every row once per epoch; balanced: by kind of question (easy-VQA only).", one_of=("epochs", "balanced")
+        "epochs",
+        "epochs: every row once per epoch; balanced: by kind of question (easy-VQA only).",
+        one_of=("epochs", "balanced"),
     )
     questions_per_picture: int = _value(4, "With --order balanced: questions drawn about one picture.", low=1)
     natural_from: float = _value(0.7, "With --order balanced: share of the run from which the mix is the natural one.", low=0)
@@ -115,7 +121,9 @@ class TrainConfig:
         if "\n" in self.prompt:
             raise InputError("--prompt holds a newline: pgfast adds the one that ends the prompt")
         if self.feature_cache and (self.augment != "none" or not self.vision_frozen):
-            raise InputError("--feature-cache needs a frozen vision tower and pictures without --augment: features would change")
+            raise InputError(
+                "--feature-cache needs a frozen vision tower and pictures without --augment: features would change"
+            )
         if self.holdout and self.eval_data:
             raise InputError("--holdout and --eval-data exclude each other")
         if self.order == "balanced" and self.batch_size % self.questions_per_picture:
@@ -128,7 +136,7 @@ class TrainConfig:
 
     @property
     def vision_frozen(self) -> bool:
-        """Whether the vision tower gives the same features throughout the run; adapters are put into the language model only."""
+        """Whether the vision tower stays as it is; adapters are put into the language model only."""
         return self.method != "full" or "vision" in self.frozen
 
     def digest(self) -> str:

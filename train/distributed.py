@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from pgfast.errors import MissingDependencyError
 
@@ -77,7 +78,6 @@ def wrap(model: AnswerModel, processes: Processes, *, shard: bool) -> nn.Module:
         devices = [processes.device] if processes.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     # a frozen vision tower stays whole in every process: it has no gradients, and the feature cache runs it alone
@@ -98,7 +98,7 @@ def gradients_stay(model: nn.Module, wanted: bool) -> Iterator[None]:
     elif isinstance(model, nn.parallel.DistributedDataParallel):
         with model.no_sync():
             yield
-    elif hasattr(model, "set_requires_gradient_sync"):
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
         yield
         model.set_requires_gradient_sync(True)

@@ -73,8 +73,8 @@ def _batch(plan: Plan, examples: list[Example]) -> str:
     """Decode the first examples from their ids, markers included, as the model will see them."""
     decode = plan.base.tokenizer.decode_with_markers
     lines = [f"first batch ({len(examples)} rows, | is where the answer begins and the loss with it):"]
-    for example in examples[:SHOWN]:
-        lines.append(f"  <image> x {plan.base.num_image_tokens} {decode(example.prefix)!r} | {decode(example.suffix)!r}")
+    image = f"<image> x {plan.base.num_image_tokens}"
+    lines += [f"  {image} {decode(example.prefix)!r} | {decode(example.suffix)!r}" for example in examples[:SHOWN]]
     labels = [len(example.suffix) for example in examples]
     ends = sum(example.suffix[-1] == plan.encoder.eos_id for example in examples)
     longest = plan.base.num_image_tokens + max(len(e.prefix) + len(e.suffix) for e in examples)
@@ -93,8 +93,7 @@ def _mask(plan: Plan, example: Example) -> str:
     shown = [0, image - 1, *range(image, size)]
     names = ["image", "image", *["prompt"] * prefix, *["answer"] * suffix]
     lines = ["attention of the first row (rows attend to columns; the image is shown by its first and last token):"]
-    letters = "".join(name[0] for name in names)
-    lines.append(f"          {letters}")
+    lines.append(" " * 10 + "".join(name[0] for name in names))
     lines += [f"  {name:8}" + "".join("#" if mask[q, k] else "." for k in shown) for q, name in zip(shown, names, strict=True)]
     return "\n".join(lines)
 
@@ -119,7 +118,7 @@ def _reckoned(plan: Plan, e: Estimate) -> str:
     lines.append("  " + ", ".join(f"{name} {value / gb:.2f}" for name, value in rows.items()))
     lines.append(f"arithmetic: {e.flops_per_step / 1e12:.3f} TFLOP a step and process")
     rate = f"{e.flops_per_second / 1e9:,.0f} GFLOP/s, measured here on one product"
-    lines.append(f"time, at the least: {e.seconds_per_step:.2f} s a step, {e.seconds_per_step * plan.steps / 3600:.2f} h in all ({rate})")
+    lines.append(
+        f"time, at the least: {e.seconds_per_step:.2f} s a step, {e.seconds_per_step * plan.steps / 3600:.2f} h in all ({rate})"
+    )
     return "\n".join(lines)
-
-

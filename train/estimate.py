@@ -63,10 +63,8 @@ def estimate(plan: Plan, counts: dict[str, tuple[int, int]], examples: list[Exam
     width = 2 if half else 4
     layer = _layer_activations(rows, length, text.hidden_size, text.intermediate_size, text.num_attention_heads, width)
     layers = text.num_hidden_layers
-    if c.gradient_checkpointing:
-        activations = layers * rows * length * text.hidden_size * width + layer
-    else:
-        activations = layers * layer
+    kept = rows * length * text.hidden_size * width if c.gradient_checkpointing else layer
+    activations = layers * kept + (layer if c.gradient_checkpointing else 0)
     tower = _layer_activations(rows, image, vision.hidden_size, vision.intermediate_size, vision.num_attention_heads, width)
     activations += tower * (1 if c.vision_frozen else vision.num_hidden_layers)
     return Estimate(
@@ -96,7 +94,12 @@ def _flops(plan: Plan, positions: int, patches: int, answer_tokens: int) -> floa
     c, text, vision = plan.config, plan.base.config.text_config, plan.base.config.vision_config
     language = 2.0 * positions * _matrices(text)
     head = 2.0 * answer_tokens * text.vocab_size * text.hidden_size
-    tower = 2.0 * patches * vision.num_hidden_layers * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
+    tower = (
+        2.0
+        * patches
+        * vision.num_hidden_layers
+        * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
+    )
     trained = c.method == "full" and "language" not in c.frozen
     # backward: the gradient of activations costs as much as the forward pass, that of weights once more; recomputing once more
     passes = 1 + 1 + trained + c.gradient_checkpointing

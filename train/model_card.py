@@ -113,7 +113,9 @@ def _hyperparameters(plan: Plan, world: int) -> str:
         "mixed_precision": c.precision,
         "method": c.method,
         "frozen": c.freeze or ("vision,projector, language except adapters" if c.method != "full" else "nothing"),
-        **({"lora_rank": c.lora_rank, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout} if c.method != "full" else {}),
+        **(
+            {"lora_rank": c.lora_rank, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout} if c.method != "full" else {}
+        ),
         "answers": c.answers,
         "loss": f"cross entropy of the answer and its end, mean per {c.loss_reduction}",
         "preset": c.preset,

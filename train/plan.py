@@ -100,7 +100,7 @@ def make_plan(
         cut["answers"] = cut.get("answers", 0) + encoder.check(record)
 
     dataset = open_dataset(config.data, images=_path(config.images), annotations=_path(config.annotations))
-    preflight = _look_at(dataset, check_training, config, bad_rows, lambda n, total: on_progress("checking data", n, total, ""))
+    preflight = _look_at(dataset, check_training, config, bad_rows, on_progress)
     rows, held = _divide(dataset, preflight.good, config)
     evaluation = _evaluation(dataset, held, preflight, encoder, config, bad_rows, on_progress)
     per_step = config.batch_size * config.accumulation * world
@@ -124,7 +124,7 @@ def _path(text: str) -> Path | None:
 
 
 def _look_at(
-    dataset: Dataset, look: Callable[[Record], None], config: TrainConfig, report: Path | None, on_progress: Callable[[int, int], None]
+    dataset: Dataset, look: Callable[[Record], None], config: TrainConfig, report: Path | None, on_progress: Progress
 ) -> Preflight:
     found = check(dataset, look, on_progress=on_progress)
     if found.bad and report is not None:
@@ -133,8 +133,8 @@ def _look_at(
         first = found.bad[0]
         where = f"; all are in {report}" if report is not None else ""
         raise InputError(
-            f"{dataset.name}: {len(found.bad)} of {len(dataset)} rows cannot be used, row {first.row} (question {first.id}) first: "
-            f"{first.reason}{where}; mend them, or leave them out with --skip-bad"
+            f"{dataset.name}: {len(found.bad)} of {len(dataset)} rows cannot be used, first row {first.row} "
+            f"(question {first.id}): {first.reason}{where}; mend them, or leave them out with --skip-bad"
         )
     if not len(found.good):
         raise InputError(f"{dataset.name} has no row that can be used")
@@ -177,7 +177,7 @@ def _evaluation(
 
     other = open_dataset(config.eval_data, images=_path(config.eval_images), annotations=_path(config.eval_annotations))
     report = bad_rows.with_name(f"evaluation-{bad_rows.name}") if bad_rows else None
-    found = _look_at(other, look, config, report, lambda n, total: on_progress("checking evaluation data", n, total, ""))
+    found = _look_at(other, look, config, report, on_progress)
     return Split(other, some_rows(found.good, config.eval_limit, config.seed), found)
 
 

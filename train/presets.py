@@ -9,7 +9,7 @@ from pgfast.errors import InputError
 from .config import TrainConfig
 
 # The card of the PaliGemma fine-tune on VQAv2 that this project started from, and the notebook behind it
-# (huggingface/notebooks of May 2024: prefix "answer ", vision tower and projector frozen, gradients clipped at 1 by the Trainer).
+# (May 2024: prefix "answer ", vision tower and projector frozen; transformers' Trainer clips gradients at 1).
 _SEED = {
     "model": "google/paligemma-3b-pt-224",
     "method": "full",
@@ -68,6 +68,8 @@ _TINY = {
     "attention": "eager",
     "data": "easy-vqa:train",
     "holdout": 0.05,
+    "max_prompt_tokens": 64,
+    "max_answer_tokens": 16,
     "order": "balanced",
     "augment": "move-shapes",
     "max_steps": 5000,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,7 @@ def collate(examples: Sequence[Example], *, image_token_id: int, num_image_token
     return Batch(input_ids, labels, prefix_lengths, lengths, num_image_tokens)
 
 
-def loss_weights(batch: Batch, reduction: Literal["token", "example"], total: float) -> NDArray[np.float32]:
+def loss_weights(batch: Batch, reduction: str, total: float) -> NDArray[np.float32]:
     """Return what each answer position counts in the loss, [A].
 
     Args:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pgfast.export.checkpoint import locate, read_image_spec, read_json
 from torch import nn
 
 from pgfast.errors import MissingDependencyError, TrainError
-from pgfast.export.checkpoint import locate, read_image_spec, read_json
 from pgfast.manifest import ImageSpec
 from pgfast.prompt import Tokenizer
 
@@ -152,7 +152,9 @@ def _base_dtype(config: TrainConfig) -> torch.dtype:
 
 def _load(config: TrainConfig, base: Base) -> PaliGemmaForConditionalGeneration:
     from transformers import PaliGemmaForConditionalGeneration
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of reading weights: the command line draws its own
     extra: dict[str, Any] = {}
     if config.method == "qlora":
         extra["quantization_config"] = _four_bits(_base_dtype(config))
@@ -170,7 +172,9 @@ def _load(config: TrainConfig, base: Base) -> PaliGemmaForConditionalGeneration:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
             some = sorted(str(name) for name in report[what])[:3]
-            raise TrainError(f"{base.name}: {what.replace('_', ' ')} {', '.join(some)}: the weights do not belong to config.json")
+            raise TrainError(
+                f"{base.name}: {what.replace('_', ' ')} {', '.join(some)}: the weights do not belong to config.json"
+            )
     return model
 
 
@@ -221,7 +225,7 @@ def tower_of(name: str) -> str:
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return (trainable, all) parameters of each tower; a tied matrix counts once, four-bit ones by their weights."""
-    counts = {tower: (0, 0) for tower in ("vision", "projector", "language")}
+    counts = dict.fromkeys(("vision", "projector", "language"), (0, 0))
     for name, parameter in model.named_parameters():
         number = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)  # two in a byte
         trainable, total = counts[tower_of(name)]

@@ -66,7 +66,7 @@ def save(folder: Path, cursor: Cursor, model: nn.Module, optimizer: torch.optim.
         TrainError: The disk is full or cannot be written; older states are still there.
     """
     weights = _trainable(model)
-    flat = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     rng = _all_random_states()
     if dist.is_initialized() and dist.get_rank():
         return
@@ -90,7 +90,9 @@ def save(folder: Path, cursor: Cursor, model: nn.Module, optimizer: torch.optim.
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise TrainError(f"the state of step {cursor.step} cannot be written to {folder}: {reason}; free some space and run again") from error
+        raise TrainError(
+            f"the state of step {cursor.step} cannot be written to {folder}: {reason}; free some space and run again"
+        ) from error
     for old in folder.glob("step-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -124,7 +126,7 @@ def load(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
-        weights = load_file(state / "weights.safetensors")
+        weights: dict[str, Any] = load_file(state / "weights.safetensors")
         flat: dict[str, Any] = {**load_file(state / "optimizer.safetensors")}
         flat |= json.loads((state / "state.json").read_text())["numbers"]
         rng = load_file(state / "random.safetensors")
@@ -149,7 +151,7 @@ def _trainable_names(model: nn.Module) -> list[str]:
 
 def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    whole = get_model_state_dict(model, options=options)
+    whole: dict[str, Any] = get_model_state_dict(model, options=options)
     # a tied matrix has two names in the state dict and one among the parameters
     return {name: whole[name].detach().contiguous() for name in _trainable_names(model) if name in whole}
 

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,8 +149,8 @@ class Trainer:
                 (loss * world).backward()
             total += loss.detach().double().cpu()
         value = float(self.processes.sum(total))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        whole: Any = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        norm = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)  # sharded: each process has a part
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise TrainError(self._keep_bad_batch(passes, value, norm))
         warmup = config.warmup_steps or round(config.warmup_fraction * self.plan.steps)
@@ -216,7 +215,7 @@ class Trainer:
     def _log_step(self, loss: float, norm: float, lr: float, seconds: float) -> None:
         speed = self.plan.per_step / seconds
         if self.log:
-            row = dict(step=self.step, epoch=self._epoch(), loss=loss, learning_rate=lr, gradient_norm=norm)
+            row = {"step": self.step, "epoch": self._epoch(), "loss": loss, "learning_rate": lr, "gradient_norm": norm}
             self.log.step(row | {"examples_per_second": round(speed, 2), "seconds": round(seconds, 4)})
         self.on_progress("training", self.step, self.plan.steps, f"loss {loss:.4f}, {speed:.1f} examples/s")
 
@@ -272,6 +271,8 @@ class Trainer:
             for micro in passes
             for row, ids, length in zip(micro.rows, micro.batch.input_ids, micro.batch.lengths, strict=True)
         ]
-        file.write_text(json.dumps({"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}, indent=1))
+        file.write_text(
+            json.dumps({"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}, indent=1)
+        )
         what = f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}"
         return f"{what}: the batch is in {file}, the last good state in {self.out / STATES}"

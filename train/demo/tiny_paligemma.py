@@ -100,7 +100,9 @@ def build_model(config: PaliGemmaConfig) -> PaliGemmaForConditionalGeneration:
 def save_checkpoint(folder: Path, model: PaliGemmaForConditionalGeneration, tokenizer: Tokenizer) -> None:
     """Write `config.json`, `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`."""
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(
