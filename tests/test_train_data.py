@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -240,6 +241,14 @@ def test_many_threads_read_one_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for row, record in (pair for part in pool.map(read, range(8)) for pair in part):
             assert (record.id, record.answer) == (row, rows[row]["answer"])
+
+
+def test_a_dataset_can_go_to_another_process(tmp_path: Path) -> None:
+    rows = [ROW | {"question_id": row} for row in range(3)]
+    dataset = open_dataset(str(write_jsonl(tmp_path / "a.jsonl", rows)))
+    code = "import pickle, sys; print([pickle.load(sys.stdin.buffer).record(2).id])"
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(dataset), capture_output=True, check=True)
+    assert done.stdout == b"[2]\n"
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from pgfast.train.data.hugging_face import HuggingFaceDataset
 from pgfast.train.data.records import Record, RowError
 from pgfast.train.data.sources import open_dataset
 from PIL import Image
@@ -104,6 +105,8 @@ def test_splits_and_wrong_columns(tmp_path: Path) -> None:
     assert "needs the columns image and question or prefix: it has answer, image, text" in refusal(str(tmp_path / "text"))
     questions.remove_columns("image").add_column("image", [1, 2, 3, 4]).save_to_disk(tmp_path / "numbers")
     assert "the column image holds Value('int64')" in refusal(str(tmp_path / "numbers"))
+    with pytest.raises(InputError, match="empty holds no rows"):
+        HuggingFaceDataset(questions.select([]), "empty", str(tmp_path))
     (tmp_path / "text" / "state.json").write_text("{")
     assert "text cannot be read as a data set" in refusal(str(tmp_path / "text"))
 
