@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ class HuggingFaceDataset:
         images: Absolute path of the folder that pictures given by path are in.
 
     Raises:
-        InputError: A column is missing, or `image` holds no pictures.
+        InputError: No rows, a column is missing, or `image` holds no pictures.
     """
 
     def __init__(self, table: Any, name: str, images: str) -> None:
         import datasets
 
+        if not len(table):
+            raise InputError(f"{name} holds no rows")
         columns = set(table.column_names)
         if "image" not in columns or not columns & {"question", "prefix"}:
             raise InputError(f"{name} needs the columns image and question or prefix: it has {', '.join(sorted(columns))}")
@@ -117,7 +120,7 @@ def open_hub(id: str, split: str, images: Path | None) -> HuggingFaceDataset:
             "its terms and run 'hf auth login'; without a network give a folder that `datasets` saved"
         ) from error
     # pictures that the Hub keeps as files are in the cache
-    folder = picture_folder(images or Path(datasets.config.HF_CACHE_HOME), "the pictures")
+    folder = picture_folder(images, "the pictures") if images else os.path.abspath(datasets.config.HF_CACHE_HOME)
     return HuggingFaceDataset(table, f"{id}:{split}", folder)
 
 

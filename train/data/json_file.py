@@ -38,9 +38,12 @@ class JsonSlices:
     """
 
     def __init__(self, path: Path, begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
-        self._begin, self._end = begin, end
+        self._path, self._begin, self._end = path, begin, end
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JsonSlices, (self._path, self._begin, self._end)  # another process opens the file anew
 
     def __len__(self) -> int:
         return len(self._begin)
@@ -100,7 +103,7 @@ def members(path: Path) -> Iterator[tuple[str, Any, int, int]]:
     with path.open("rb") as file:
         scanner = _Scanner(path, file)
         if scanner.peek() != "{":
-            raise InputError(f"{path} holds no JSON object")
+            raise InputError(f"{path} holds no JSON object: give the VQAv2 questions, or one object per line in a .jsonl file")
         scanner.take("{")
         if scanner.peek() == "}":
             return
@@ -117,7 +120,7 @@ def members(path: Path) -> Iterator[tuple[str, Any, int, int]]:
             if scanner.take(",}") == "}":
                 break
         if scanner.peek():
-            raise scanner.broken("there is more after the end")
+            raise scanner.broken("there is more after the end (one object per line is a .jsonl file)")
 
 
 class _Scanner:

@@ -46,7 +46,7 @@ class Dataset(Protocol):
         """
 
     def image(self, row: int) -> ImageInput:
-        """Return the row's picture for `pgfast.image.open_image`: a path, bytes, or an array; not decoded yet where possible."""
+        """Return the row's picture for `pgfast.image.open_image`: a path, bytes, or an array; if possible not decoded."""
 
 
 class RowError(ValueError):
