@@ -20,7 +20,7 @@ import torch
 from pgfast.errors import TrainError
 from pgfast.prompt import Tokenizer, fill_template
 
-from . import easy_vqa_data, evaluation, schedule, tiny_paligemma
+from . import demo_evaluation, easy_vqa_data, schedule, tiny_paligemma
 from .config import TinyConfig
 from .easy_vqa_data import Questions
 from .model_step import answer_loss, pixel_values
@@ -92,7 +92,7 @@ class TinyRun:
 
     def evaluate(self, questions: Questions) -> dict[str, Any]:
         """Return accuracy overall and per kind of question."""
-        return evaluation.accuracy(self.model, questions, self.encode(questions), self.collate)
+        return demo_evaluation.accuracy(self.model, questions, self.encode(questions), self.collate)
 
     def _train_tower(self) -> None:
         config = self.config
