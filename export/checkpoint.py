@@ -11,7 +11,7 @@ from typing import Any
 from pgfast.errors import ExportError, MissingDependencyError
 from pgfast.manifest import ImageSpec
 
-_FILES = ["*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_FILES = ["*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "pgfast_prompts.json"]
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, which Hugging Face writes."""
 
