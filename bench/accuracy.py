@@ -20,7 +20,7 @@ def measure(bundle: str | None) -> dict[str, Any]:
         Names, the bundle's `digest`, megabytes, `accuracy` (0 to 1), `wrong` of `count`, `mean_confidence`, `seconds`.
     """
     try:
-        from pgfast.train import easy_vqa_data
+        from pgfast.train.demo import easy_vqa_data
     except ImportError as error:
         raise MissingDependencyError(error.name or "easy-vqa", "train") from error
     questions = easy_vqa_data.load("test")

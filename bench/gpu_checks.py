@@ -186,7 +186,7 @@ def _kernels(text: str) -> tuple[bool, str]:
 def small_checkpoint(folder: Path, seed: int = 0) -> Path:
     """Save a random PaliGemma with the head shape of the real one, 8 heads of 256 over one key/value head."""
     import torch
-    from pgfast.train import tiny_paligemma
+    from pgfast.train.demo import tiny_paligemma
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     tokenizer = tiny_paligemma.build_tokenizer(["what color is it ? yes no"])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgfast.errors import ExportError, MissingDependencyError
+from pgfast.errors import ExportError, InputError, MissingDependencyError
 from pgfast.manifest import ImageSpec
 
-_FILES = ["*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+DEFAULT_TEMPLATE = "answer {language} {text}"
+"""Prompt of a question in PaliGemma's pretraining (big_vision, configs/proj/paligemma/README.md)."""
+PROMPTS_FILE = "pgfast_prompts.json"
+"""In a checkpoint or adapter: the templates it was fine-tuned with, as a bundle's manifest has them."""
+_FILES = ["*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", PROMPTS_FILE]
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, which Hugging Face writes."""
 
@@ -61,6 +66,33 @@ def locate(checkpoint: str) -> CheckpointFolder:
             f"without a network run 'hf download {checkpoint} --local-dir DIR' where there is one and export that folder"
         ) from error
     return CheckpointFolder(downloaded, checkpoint, downloaded.name)
+
+
+def read_answer_template(folders: Sequence[Path], given: str | None) -> str:
+    """Find the prompt template of a checkpoint's questions: its own file, what was given, or the default.
+
+    Args:
+        folders: An adapter's folder before that of its checkpoint; the first one with the file counts.
+        given: What the user asked for.
+
+    Raises:
+        InputError: The file or the template cannot be used, or they contradict each other.
+    """
+    path = next((folder / PROMPTS_FILE for folder in folders if (folder / PROMPTS_FILE).exists()), None)
+    own = None
+    if path is not None:
+        try:
+            own = json.loads(path.read_text(encoding="utf-8"))["answer"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f'{path} is not of the form {{"answer": "answer {{language}} {{text}}"}}: {error!r}') from error
+    if own is not None and given is not None and own != given:
+        raise InputError(
+            f"the checkpoint was fine-tuned with the template {own!r} ({PROMPTS_FILE}): leave --answer-template out"
+        )
+    template = own if own is not None else DEFAULT_TEMPLATE if given is None else given
+    if not isinstance(template, str) or "{text}" not in template:
+        raise InputError(f"the answer template is {template!r}: {{text}} must stand where the question belongs")
+    return template
 
 
 def read_image_spec(folder: Path, image_size: int) -> ImageSpec:

@@ -61,15 +61,14 @@ def export(
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
         from .build import export as write
-        from .plan import PROMPTS, ExportOptions
+        from .plan import ExportOptions
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
-    template = PROMPTS["answer"] if answer_template is None else answer_template
     options = ExportOptions(
         precision,
         target,
         vision_precision,
-        template,
+        answer_template,
         verify,
         verify_data,
         compute_capability,

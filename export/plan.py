@@ -15,7 +15,7 @@ from pgfast.manifest import FORMAT_VERSION, TOKENIZER, Dimensions, Limits, Manif
 from pgfast.prompt import Tokenizer, fill_template
 
 from . import graphs, weights
-from .checkpoint import CheckpointFolder, locate, read_image_spec
+from .checkpoint import DEFAULT_TEMPLATE, CheckpointFolder, locate, read_answer_template, read_image_spec
 from .config import PaliGemmaConfig, read_config
 from .layers import Dialect
 from .lora import AdaptedCheckpoint
@@ -23,7 +23,7 @@ from .precision import Precision, check_words, choose, dialect_of
 from .tensors import Checkpoint
 
 PROMPTS = {
-    "answer": "answer {language} {text}",
+    "answer": DEFAULT_TEMPLATE,
     "caption": "caption {language}",
     "detect": "detect {text}",
     "segment": "segment {text}",
@@ -42,8 +42,8 @@ class ExportOptions:
     target: str = "cpu"
     vision_precision: str | None = None
     """None: the default beside this precision (`precision.choose`)."""
-    answer_template: str = PROMPTS["answer"]
-    """Prompt of a question; a checkpoint that was fine-tuned with another prefix needs its own."""
+    answer_template: str | None = None
+    """Prompt of a question; None: what the checkpoint's `pgfast_prompts.json` says, or PaliGemma's own."""
     verify: bool = False
     """Compare the bundle with transformers before it gets its name."""
     verify_data: Path | None = None
@@ -88,9 +88,9 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         WeightMismatchError: Tensors do not fit the config.
     """
     check_words(options.precision, options.vision_precision, options.target)
-    if "{text}" not in options.answer_template:
-        raise ExportError("the answer template has no {text} for the question")
     source = locate(checkpoint)
+    folders = [source.path] if options.adapter is None else [options.adapter, source.path]
+    template = read_answer_template(folders, options.answer_template)
     config = read_config(source.path / "config.json")
     tensors = Checkpoint(source.path) if options.adapter is None else AdaptedCheckpoint(source.path, options.adapter)
     config = weights.settle_head(config, tensors)
@@ -99,9 +99,9 @@ def make_plan(checkpoint: str, options: ExportOptions) -> Plan:
         graphs.DECODER: list(weights.decoder_rows(config)),
     }
     weights.check_weights(tensors, [row for group in rows.values() for row in group], tied=config.text.tied)
-    _check_tokenizer(source.path, config, options)
+    _check_tokenizer(source.path, config, template)
     precision = choose(options.precision, options.vision_precision, options.target, config.text, options.block_size)
-    manifest = _manifest(config, options, source, precision)
+    manifest = _manifest(config, options, source, precision, template)
     check_window(config.text.sliding_window, manifest.cache_length)
     p, dialect = precision, dialect_of(options.precision, options.target)
     built = {
@@ -134,7 +134,9 @@ def check_window(window: int | None, cache_length: int) -> None:
         raise ExportError(f"sliding_window {window} is shorter than an answer can be: not supported")
 
 
-def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder, precision: Precision) -> Manifest:
+def _manifest(
+    config: PaliGemmaConfig, options: ExportOptions, source: CheckpointFolder, precision: Precision, template: str
+) -> Manifest:
     """Everything but the graphs and the files, which are not written yet."""
     text, p = config.text, config.vision.num_image_tokens
     room = min(TEXT_TOKENS, (text.max_position_embeddings - p) // 2)
@@ -151,7 +153,7 @@ def _manifest(config: PaliGemmaConfig, options: ExportOptions, source: Checkpoin
         ),
         image=read_image_spec(source.path, config.vision.image_size),
         tokens=TokenIds(config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id),
-        prompts=PROMPTS | {"answer": options.answer_template},
+        prompts=PROMPTS | {"answer": template},
         limits=Limits(prompt_tokens=room, new_tokens=room),
         graphs={},
         files={},
@@ -173,7 +175,7 @@ def shape_and_type(value: ir.Value) -> tuple[tuple[int, ...], ir.DataType]:
     return tuple(value.shape.numpy()), value.dtype
 
 
-def _check_tokenizer(source: Path, config: PaliGemmaConfig, options: ExportOptions) -> None:
+def _check_tokenizer(source: Path, config: PaliGemmaConfig, answer_template: str) -> None:
     """Make sure that the runtime will take the tokenizer and that it belongs to the weights."""
     path = source / TOKENIZER
     if not path.is_file():
@@ -181,7 +183,7 @@ def _check_tokenizer(source: Path, config: PaliGemmaConfig, options: ExportOptio
     try:
         tokenizer = Tokenizer(path, bos_id=config.bos_token_id)
         tokenizer.check_ids(config.text.vocab_size)
-        template = fill_template(options.answer_template, text="", language="en").strip()
-        tokenizer.encode_prompt(template or "?", max_tokens=TEXT_TOKENS)
+        prefix = fill_template(answer_template, text="", language="en").strip()
+        tokenizer.encode_prompt(prefix or "?", max_tokens=TEXT_TOKENS)
     except PgfastError as error:
         raise ExportError(f"the checkpoint's tokenizer cannot be used: {error}") from error

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that decode in-process; Pillow would hand some others (EPS) to an external program."""
 
 _OPENING = threading.Lock()
@@ -71,7 +71,7 @@ def _decode(file: Any, what: str) -> PILImage:
     try:
         with _OPENING, warnings.catch_warnings():  # the filters are global: one thread at a time
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS refuses it in our words
-            opened = Image.open(file, formats=_FORMATS)
+            opened = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{what} is a decompression bomb: at most {MAX_PIXELS:,} pixels are accepted") from error
     except UnidentifiedImageError as error:

@@ -62,7 +62,7 @@ class Shape:
 def make_checkpoint(folder: Path, shape: Shape) -> Path:
     """Save a `PaliGemmaForConditionalGeneration` whose weights are large enough for logits to differ."""
     import torch
-    from pgfast.train import tiny_paligemma
+    from pgfast.train.demo import tiny_paligemma
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     tokenizer = tiny_paligemma.build_tokenizer(WORDS)

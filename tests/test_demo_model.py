@@ -14,7 +14,7 @@ from conftest import DEMO_CHECKPOINT, TESTS
 from pgfast.bench import accuracy
 from pgfast.export.build import export
 from pgfast.export.plan import ExportOptions
-from pgfast.train import easy_vqa_data
+from pgfast.train.demo import easy_vqa_data
 from pgfast.train.model_step import pixel_values
 from PIL import Image, ImageDraw
 

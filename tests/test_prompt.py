@@ -8,7 +8,7 @@ import pytest
 from conftest import WORDS
 from hypothesis import given
 from hypothesis import strategies as st
-from pgfast.train.tiny_paligemma import LOCATION_TOKENS, SEGMENT_TOKENS, SPECIAL_TOKENS, build_tokenizer
+from pgfast.train.demo.tiny_paligemma import LOCATION_TOKENS, SEGMENT_TOKENS, SPECIAL_TOKENS, build_tokenizer
 
 from pgfast.errors import BundleError, PromptError
 from pgfast.prompt import Tokenizer, fill_template

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pgfast.train import easy_vqa_data as data
 from pgfast.train.config import TinyConfig
+from pgfast.train.demo import easy_vqa_data as data
 from pgfast.train.sampling import BALANCED, QuestionSampler
 from pgfast.train.schedule import cosine, linear
 

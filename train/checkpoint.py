@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pgfast.export.checkpoint import PROMPTS_FILE
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -20,8 +21,6 @@ from .model_card import write_card
 from .plan import Plan
 from .setup import Trainee
 
-PROMPTS = "pgfast_prompts.json"
-"""Prompt templates of a checkpoint; `pgfast export` and `pgfast eval` read it."""
 _COPIED = ("tokenizer*", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "added_tokens.json")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -60,7 +59,7 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
             for pattern in _COPIED:
                 for file in plan.base.path.glob(pattern):
                     shutil.copyfile(file, partial / file.name)
-        (partial / PROMPTS).write_text(json.dumps({"answer": plan.config.prompt}) + "\n")
+        (partial / PROMPTS_FILE).write_text(json.dumps({"answer": plan.config.prompt}) + "\n")
         write_card(partial, plan, trainee.answer_model, folder.parent, processes.world)
         if folder.exists():
             os.replace(folder, old)

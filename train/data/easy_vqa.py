@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..easy_vqa_data import kind_of, load
+from ..demo.easy_vqa_data import kind_of, load
 from .records import Record
 from .rows import to_record
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pgfast.image import _FORMATS, MAX_PIXELS
+from pgfast.image import FORMATS, MAX_PIXELS
 
 from .records import Dataset, Record, RowError
 
@@ -128,7 +128,7 @@ def _open_header(dataset: Dataset, row: int) -> None:
         return  # decoded already
     name = "" if isinstance(image, bytes) else f": {image}"
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_FORMATS) as header:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as header:
             width, height = header.size
     except FileNotFoundError as error:
         raise RowError(f"the picture does not exist{name}") from error

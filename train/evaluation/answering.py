@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .transformers_model import TransformersModel
 
-CHUNK = 256
+CHUNK = 128
 """Questions that are asked together: enough that the end of a chunk, where the batch runs empty, costs little."""
 PROMPT_THREADS = 16
 """Raw prompts asked at the same time: the places of the running batch on a CPU."""

@@ -5,7 +5,6 @@ Shapes: B questions, P image tokens, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import defaultdict
@@ -25,10 +24,6 @@ from .answering import Asked, Prediction
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_TEMPLATE = "answer {language} {text}"
-"""Prompt of a question unless the checkpoint says otherwise; the exporter's default, too."""
-PROMPTS_FILE = "pgfast_prompts.json"
-"""In a checkpoint's folder: the templates it was fine-tuned with, as a bundle's manifest has them."""
 TEXT_TOKENS = 128
 """Most prompt tokens, and most new tokens, as a bundle has them."""
 BATCH = 32
@@ -148,94 +143,76 @@ def load_checkpoint(
         TrainError: transformers or PEFT cannot load it.
         MissingDependencyError: A library of the extra `train` is not installed.
     """
-    from pgfast.export.checkpoint import locate, read_image_spec
+    from pgfast.export.checkpoint import locate, read_answer_template, read_image_spec
     from pgfast.export.config import read_config
 
+    # everything small first: weights take minutes
     source = locate(checkpoint)
     config = read_config(source.path / "config.json")
-    template = read_template(source.path, answer_template)
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "train") from error
-    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise InputError(
-            f"a checkpoint runs in torch, which has no {device!r} here: take auto, cpu or cuda, or export a bundle"
-        )
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if threads is not None:
-        torch.set_num_threads(threads)
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model, merged = _load(source.path, adapter, dtype), {"adapter": adapter.resolve().name} if adapter else {}
+    template = read_answer_template([*([adapter] if adapter else []), source.path], answer_template)
+    image = read_image_spec(source.path, config.vision.image_size)
     tokenizer = Tokenizer(source.path / "tokenizer.json", bos_id=config.bos_token_id)
     tokenizer.check_ids(config.text.vocab_size)
+    model, versions = _load(source.path, adapter, device, threads)
     p = config.vision.num_image_tokens
+    described = {
+        "checkpoint": source.name,
+        "revision": source.revision,
+        "adapter": adapter.resolve().name if adapter is not None else None,
+        "template": template,
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     return TransformersModel(
-        model=model.to(device),
+        model=model,
         tokenizer=tokenizer,
-        image=read_image_spec(source.path, config.vision.image_size),
+        image=image,
         num_image_tokens=p,
         image_token_id=config.image_token_id,
         eos_id=config.eos_token_id,
         pad_id=config.pad_token_id,
         template=template,
         max_tokens=min(TEXT_TOKENS, (config.text.max_position_embeddings - p) // 2),
-        described={
-            "checkpoint": source.name,
-            "revision": source.revision,
-            **merged,
-            "device": device,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
+        described=described | versions,
     )
 
 
-def _load(folder: Path, adapter: Path | None, dtype: Any) -> Any:
-    import transformers
-
+def _load(folder: Path, adapter: Path | None, device: str, threads: int | None) -> tuple[Any, dict[str, str]]:
+    """The model, in eval mode on its device, and the versions of the libraries."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "torch", "train") from error
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"a checkpoint runs in torch, which has no {device!r} here: take auto or cpu, or export a bundle")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if threads is not None:
+        torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
+    dtype: Any = torch.float32 if device == "cpu" else "auto"
     model_class: Any = transformers.PaliGemmaForConditionalGeneration
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter} has no adapter_config.json: give the folder that PEFT saved")
     try:
         model = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     except Exception as error:  # whatever transformers, torch and safetensors raise for a damaged file
         raise TrainError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    versions = {"transformers": transformers.__version__, "torch": str(torch.__version__)}
     if adapter is not None:
-        if not (adapter / "adapter_config.json").is_file():
-            raise InputError(f"{adapter} has no adapter_config.json: give the folder that PEFT saved")
+        model, versions["peft"] = _merge(model, adapter)
+    return model.eval().to(device), versions
+
+
+def _merge(model: Any, adapter: Path) -> tuple[Any, str]:
+    """The model with the adapter merged into it, and PEFT's version."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "peft", "train") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names of transformers that PEFT still uses
         try:
-            import peft
-        except ImportError as error:
-            raise MissingDependencyError(error.name or "peft", "train") from error
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # names of transformers that PEFT still uses
-            try:
-                model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-            except Exception as error:  # as above
-                raise TrainError(f"PEFT cannot merge {adapter}: {' '.join(str(error).split())[:300]}") from error
-    return model.eval()
-
-
-def read_template(folder: Path, given: str | None) -> str:
-    """Find the prompt template of a checkpoint's questions: its own file, what was given, or the default.
-
-    Raises:
-        InputError: The file or the template cannot be used, or they contradict each other.
-    """
-    path = folder / PROMPTS_FILE
-    own = None
-    if path.exists():
-        try:
-            own = json.loads(path.read_text(encoding="utf-8"))["answer"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f'{path} is not of the form {{"answer": "answer {{language}} {{text}}"}}: {error!r}') from error
-    if own is not None and given is not None and own != given:
-        raise InputError(
-            f"the checkpoint was fine-tuned with the template {own!r} ({PROMPTS_FILE}): leave --answer-template out"
-        )
-    template = own if own is not None else DEFAULT_TEMPLATE if given is None else given
-    if not isinstance(template, str) or "{text}" not in template:
-        raise InputError(f"the answer template is {template!r}: {{text}} must stand where the question belongs")
-    return template
+            return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), peft.__version__
+        except Exception as error:  # whatever PEFT, torch and safetensors raise for a damaged or foreign adapter
+            raise TrainError(f"PEFT cannot merge {adapter}: {' '.join(str(error).split())[:300]}") from error
