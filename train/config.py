@@ -55,8 +55,8 @@ class TrainConfig:
     answers: str = _value(
         "most-common", "Which of several answers is taught: the most common, or each in turn.", one_of=("most-common", "cycle")
     )
-    max_prompt_tokens: int = _value(128, "Longest prompt; longer ones are bad rows.", low=4)
-    max_answer_tokens: int = _value(128, "Longest answer, end included; longer ones are bad rows.", low=2)
+    max_prompt_tokens: int = _value(0, "Longest prompt; longer ones are bad rows; 0: 128, or what fits the model.", low=0)
+    max_answer_tokens: int = _value(0, "Longest answer, end included; longer ones are bad rows; 0: likewise.", low=0)
     cut_answers: bool = _value(False, "Cut longer answers instead (then without an end).")
     order: str = _value(
         "epochs",

@@ -25,6 +25,8 @@ from .order import EpochOrder, RowOrder, hold_out, some_rows, total_steps
 from .pictures import Augment
 from .setup import Base, open_base, resolve_precision
 
+TEXT_TOKENS = 128
+"""Longest prompt and longest answer of PaliGemma's pretraining."""
 Progress = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, message)."""
 
@@ -82,9 +84,7 @@ def make_plan(
     if not config.data:
         raise InputError("no training data: give --data, for example a .jsonl file")
     base = open_base(checkpoint)
-    limit = int(base.config.text_config.max_position_embeddings) - base.num_image_tokens
-    if config.max_prompt_tokens + config.max_answer_tokens > limit:
-        raise InputError(f"--max-prompt-tokens and --max-answer-tokens: together at most {limit} fit this model")
+    config = _lengths(config, base)
     encoder = Encoder(
         base.tokenizer,
         base.config.eos_token_id,
@@ -117,6 +117,16 @@ def make_plan(
         augment=easy_vqa_data.move_shapes if config.augment == "move-shapes" else None,
         data_digest=_digest(dataset, rows),
     )
+
+
+def _lengths(config: TrainConfig, base: Base) -> TrainConfig:
+    """Settle the longest prompt and answer: PaliGemma's 128 where there is room."""
+    limit = int(base.config.text_config.max_position_embeddings) - base.num_image_tokens
+    usual = min(TEXT_TOKENS, limit // 2)
+    prompt, answer = config.max_prompt_tokens or usual, config.max_answer_tokens or usual
+    if prompt + answer > limit:
+        raise InputError(f"--max-prompt-tokens {prompt} and --max-answer-tokens {answer}: {limit} in all fit this model")
+    return dataclasses.replace(config, max_prompt_tokens=prompt, max_answer_tokens=answer)
 
 
 def _path(text: str) -> Path | None:

@@ -68,8 +68,6 @@ _TINY = {
     "attention": "eager",
     "data": "easy-vqa:train",
     "holdout": 0.05,
-    "max_prompt_tokens": 64,
-    "max_answer_tokens": 16,
     "order": "balanced",
     "augment": "move-shapes",
     "max_steps": 5000,

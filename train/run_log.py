@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class RunLog:
         self._steps, self._evaluations = out / "steps.csv", out / "evaluations.jsonl"
         kept = [row for row in _read_csv(self._steps) if int(row["step"]) <= step]
         self.evaluations = [e for e in read_evaluations(out) if e.step <= step]
+        last = self.evaluations[-1].step if self.evaluations else 0
+        self._since = [float(row["loss"]) for row in kept if int(row["step"]) > last]
         try:
             self._file = self._steps.open("w", newline="")
             self._csv = csv.DictWriter(self._file, STEP_COLUMNS)
@@ -58,12 +61,18 @@ class RunLog:
     def step(self, row: dict[str, Any]) -> None:
         """Log a step (`STEP_COLUMNS`)."""
         self._csv.writerow(row)
+        self._since.append(row["loss"])
         for name in ("loss", "learning_rate", "gradient_norm", "examples_per_second"):
             self._board.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def mean_loss(self) -> float:
+        """Mean training loss since the last evaluation."""
+        return sum(self._since) / len(self._since) if self._since else math.nan
 
     def evaluation(self, evaluated: Evaluated) -> None:
         """Log an evaluation."""
         self.evaluations.append(evaluated)
+        self._since = []
         with self._evaluations.open("a") as file:
             file.write(json.dumps(asdict(evaluated)) + "\n")
         self._board.add_scalar("evaluation/loss", evaluated.loss, evaluated.step)

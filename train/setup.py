@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,9 @@ def build(config: TrainConfig, base: Base, *, on_meta: bool = False) -> Trainee:
     _freeze(model, config)
     peft = _adapt(model, config) if config.method != "full" else None
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the older name is deprecated where the newer one exists
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     projector_frozen = config.method != "full" or "projector" in config.frozen
     return Trainee(base, AnswerModel(model, vision_frozen=config.vision_frozen, projector_frozen=projector_frozen), peft)
 
@@ -141,13 +144,18 @@ def _on_meta(config: TrainConfig, base: Base) -> PaliGemmaForConditionalGenerati
 
     with torch.device("meta"):
         return PaliGemmaForConditionalGeneration._from_config(
-            base.config, attn_implementation=config.attention, dtype=_base_dtype(config)
+            base.config, attn_implementation=_attention(config, base), dtype=_base_dtype(config)
         )
 
 
 def _base_dtype(config: TrainConfig) -> torch.dtype:
     # whole models keep fp32 masters: most updates at 2e-5 are below bf16's spacing and would round away
     return torch.bfloat16 if config.method != "full" and config.precision == "bf16" else torch.float32
+
+
+def _attention(config: TrainConfig, base: Base) -> str:
+    # transformers has Gemma 2's capped scores in eager attention only
+    return "eager" if base.config.text_config.model_type == "gemma2" else config.attention
 
 
 def _load(config: TrainConfig, base: Base) -> PaliGemmaForConditionalGeneration:
@@ -162,7 +170,7 @@ def _load(config: TrainConfig, base: Base) -> PaliGemmaForConditionalGeneration:
         model, report = PaliGemmaForConditionalGeneration.from_pretrained(
             base.path,
             dtype=_base_dtype(config),
-            attn_implementation=config.attention,
+            attn_implementation=_attention(config, base),
             output_loading_info=True,
             local_files_only=True,
             **extra,
@@ -212,7 +220,9 @@ def _adapt(model: PaliGemmaForConditionalGeneration, config: TrainConfig) -> Pef
         target_modules=LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)  # adapters are fp32 also on a bf16 base (autocast_adapter_dtype)
+    with warnings.catch_warnings():  # peft asks transformers by a name that is going away
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, lora)  # adapters are fp32 also on a bf16 base (autocast_adapter_dtype)
 
 
 def tower_of(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from torch.distributed.checkpoint.state_dict import (
 from pgfast.errors import TrainError
 
 FORMAT = 1
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SEPARATOR = "|"
+"""Between a parameter's name and what the optimizer keeps for it."""
 _RNG, _CUDA_RNG = "rng.{}", "cuda_rng.{}"
 
 
@@ -66,13 +69,17 @@ def save(folder: Path, cursor: Cursor, model: nn.Module, optimizer: torch.optim.
         TrainError: The disk is full or cannot be written; older states are still there.
     """
     weights = _trainable(model)
-    flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    kept: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     rng = _all_random_states()
     if dist.is_initialized() and dist.get_rank():
         return
-    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, torch.Tensor)}
-    numbers = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
-    raw = {"format": FORMAT, "numbers": numbers, **{name: getattr(cursor, name) for name in Cursor.__slots__}}
+    # its settings are not kept: they follow from the configuration and the step
+    tensors = {
+        f"{name}{_SEPARATOR}{what}": tensor.contiguous()
+        for name, state in kept["state"].items()
+        for what, tensor in state.items()
+    }
+    raw = {"format": FORMAT, **{name: getattr(cursor, name) for name in Cursor.__slots__}}
     final = folder / f"step-{cursor.step:08d}"
     partial = folder / f".{final.name}.partial"
     try:
@@ -127,13 +134,16 @@ def load(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
         weights: dict[str, Any] = load_file(state / "weights.safetensors")
-        flat: dict[str, Any] = {**load_file(state / "optimizer.safetensors")}
-        flat |= json.loads((state / "state.json").read_text())["numbers"]
+        kept: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for key, tensor in load_file(state / "optimizer.safetensors").items():
+            name, what = key.rsplit(_SEPARATOR, 1)
+            kept[name][what] = tensor
         rng = load_file(state / "random.safetensors")
         if set(weights) != set(_trainable_names(model)):
             raise TrainError(f"{state} belongs to another model: its weights have other names")
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
-        set_optimizer_state_dict(model, optimizer, flat, options=_WHOLE)
+        settings: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+        set_optimizer_state_dict(model, optimizer, settings | {"state": dict(kept)}, options=_WHOLE)
         if _RNG.format(rank) in rng:
             torch.set_rng_state(rng[_RNG.format(rank)])
         if _CUDA_RNG.format(rank) in rng and torch.cuda.is_available():

@@ -103,19 +103,17 @@ class Trainer:
         Raises:
             TrainError: The loss is not a number, a picture is broken, the disk is full. The last state is kept.
         """
-        stopped, loss, losses = False, math.nan, []
+        stopped, loss = False, math.nan
         config, steps = self.plan.config, self.plan.steps
         self.model.train()
         try:
             for passes in self._batches.steps(self.step, steps):
                 start = time.perf_counter()
                 loss, norm, lr = self._train(passes)
-                losses.append(loss)
                 self.step += 1
                 self._log_step(loss, norm, lr, time.perf_counter() - start)
                 if self.step in self._evaluation_steps():
-                    self._evaluate(float(np.mean(losses)))
-                    losses = []
+                    self._evaluate()
                     stopped = bool(config.patience) and self.since_best >= config.patience
                 if self.step % config.save_every == 0 or self.step == steps or stopped:
                     self._save()
@@ -184,7 +182,7 @@ class Trainer:
                 self._cache.save(micro.names[i], hidden[i])
         return tensors | {"image_hidden": torch.stack([hidden[i].to(device) for i in range(len(micro.names))])}
 
-    def _evaluate(self, training_loss: float) -> None:
+    def _evaluate(self) -> None:
         assert self._validation is not None
         start = time.perf_counter()
         with self._autocast():
@@ -193,7 +191,7 @@ class Trainer:
         evaluated = Evaluated(
             step=self.step,
             epoch=self._epoch(),
-            training_loss=training_loss,
+            training_loss=self.log.mean_loss() if self.log else math.nan,
             loss=loss,
             accuracy=score.overall.accuracy,
             by_type={name: group.accuracy for name, group in score.by_answer_type.items()},
