@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from .feature_cache import FeatureCache
 from .order import RowOrder, answer_of
 from .pictures import Augment, Pictures
 from .sequence import IGNORE, Batch, Example, collate, loss_weights
+
+logger = logging.getLogger(__name__)
 
 AUGMENT = 4
 """First word of the seeds of augmentation (`order.py` has the others)."""
@@ -111,8 +114,8 @@ class BatchMaker:
 
     def _encode(self, row: int, epoch: int) -> Example:
         record = self._dataset.record(row)
-        cycled = self._config.answers == "cycle" and record.answers
-        return self._encoder(record, answer_of(record.answers, epoch, row, self._config.seed) if cycled else None)
+        answers = self._encoder.taught(record)
+        return self._encoder(record, answer_of(answers, epoch, row, self._config.seed) if len(answers) > 1 else answers[0])
 
     def _micro_batch(self, rows: NDArray[np.int64], examples: list[Example], total: float, seed: list[int]) -> MicroBatch:
         batch = collate(examples, **self._special)
@@ -151,7 +154,9 @@ class BatchMaker:
             if not self._config.skip_bad:
                 name = self._dataset.record(row).id
                 raise TrainError(f"row {row} (question {name}): {error}; --skip-bad goes on without such rows") from error
-            self.unreadable[row] = str(error)
+            if row not in self.unreadable:
+                self.unreadable[row] = str(error)
+                logger.warning("row %d is left out: %s", row, error)
             return None
 
     def _name(self, row: int) -> str:
