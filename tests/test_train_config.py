@@ -110,10 +110,7 @@ def other_value(field: dataclasses.Field[Any]) -> Any:
 @pytest.mark.parametrize("field", [f for f in dataclasses.fields(TrainConfig) if f.name != "preset"], ids=lambda f: f.name)
 def test_every_value_is_a_flag(preset: str, field: dataclasses.Field[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     value, name = other_value(field), field.name.replace("_", "-")
-    if isinstance(value, bool):
-        words = [f"--{name}" if value else f"--no-{name}"]
-    else:
-        words = [f"--{name}", str(value)]
+    words = [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     before = resolve(preset, {})
     config = parsed(monkeypatch, "--preset", preset, *words)
     assert getattr(config, field.name) == value

@@ -72,6 +72,20 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
         raise TrainError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
+def renew_card(folder: Path, plan: Plan, trainee: Trainee, processes: Processes) -> None:
+    """Write the card of a checkpoint again, with the evaluations that came after it.
+
+    Raises:
+        TrainError: The disk is full or cannot be written.
+    """
+    if not processes.is_main:
+        return
+    try:
+        write_card(folder, plan, trainee.answer_model, folder.parent, processes.world)
+    except OSError as error:
+        raise TrainError(f"the card of {folder} cannot be written: {error.strerror}") from error
+
+
 def _stored_dtype(base: Path) -> torch.dtype:
     """The type that the base model is stored in: fp32 masters are rounded to it once, at the end."""
     with safe_open(min(base.glob("*.safetensors")), framework="pt") as file:
