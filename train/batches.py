@@ -19,7 +19,7 @@ from .data.records import Dataset
 from .encoding import Encoder
 from .feature_cache import FeatureCache
 from .order import RowOrder, answer_of
-from .pictures import Augment, Pictures
+from .pictures import Augment, Pictures, broken_picture
 from .sequence import IGNORE, Batch, Example, collate, loss_weights
 
 logger = logging.getLogger(__name__)
@@ -152,8 +152,7 @@ class BatchMaker:
             return self._pictures.squashed(row)
         except ImageError as error:
             if not self._config.skip_bad:
-                name = self._dataset.record(row).id
-                raise TrainError(f"row {row} (question {name}): {error}; --skip-bad goes on without such rows") from error
+                raise TrainError(broken_picture(self._dataset, row, error)) from error
             if row not in self.unreadable:
                 self.unreadable[row] = str(error)
                 logger.warning("row %d is left out: %s", row, error)
