@@ -47,6 +47,18 @@ class MicroBatch:
     """Name of each picture in the feature cache; empty where it is not to be kept."""
 
 
+def encode_rows(
+    encoder: Encoder, dataset: Dataset, rows: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
+) -> list[Example]:
+    """Return the examples of rows [G], each with the answer that its epoch [G] teaches."""
+    examples = []
+    for row, epoch in zip(rows.tolist(), epochs.tolist(), strict=True):
+        record = dataset.record(row)
+        answers = encoder.taught(record)
+        examples.append(encoder(record, answer_of(answers, epoch, row, seed) if len(answers) > 1 else answers[0]))
+    return examples
+
+
 class BatchMaker:
     """Makes the passes of a step for one of several processes.
 
@@ -104,18 +116,13 @@ class BatchMaker:
         c = self._config
         rows, epochs = self._order.draw(step)
         # every process encodes all texts: they are cheap, and the loss is a mean over the whole step
-        examples = [self._encode(int(row), int(epoch)) for row, epoch in zip(rows, epochs, strict=True)]
+        examples = encode_rows(self._encoder, self._dataset, rows, epochs, c.seed)
         total = sum(len(example.suffix) for example in examples) if c.loss_reduction == "token" else len(examples)
         mine = np.arange(len(rows)).reshape(c.accumulation, self._world, c.batch_size)[:, self._rank]
         return [
             self._micro_batch(rows[part], [examples[i] for i in part], total, [AUGMENT, c.seed, step, self._rank, number])
             for number, part in enumerate(mine)
         ]
-
-    def _encode(self, row: int, epoch: int) -> Example:
-        record = self._dataset.record(row)
-        answers = self._encoder.taught(record)
-        return self._encoder(record, answer_of(answers, epoch, row, self._config.seed) if len(answers) > 1 else answers[0])
 
     def _micro_batch(self, rows: NDArray[np.int64], examples: list[Example], total: float, seed: list[int]) -> MicroBatch:
         batch = collate(examples, **self._special)
