@@ -300,3 +300,20 @@ def test_early_stop(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest
     assert (again["steps"], again["stopped_early"]) == (6, True)
     more = train(capsys, "seed", checkpoint, data, tmp_path / "run", *words[:-1], "4")
     assert (more["steps"], more["stopped_early"]) == (10, True)
+
+
+def test_a_base_from_the_hub_is_named_by_its_id(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the folder of this machine's cache, which means nothing where the adapter is used."""
+    from pgfast.export.checkpoint import CheckpointFolder
+    from pgfast.train import setup
+
+    hub = CheckpointFolder(checkpoint, "google/paligemma-3b-pt-224", "35e4f46")
+    monkeypatch.setattr(setup, "locate", lambda name: hub)
+    train(capsys, "lora", Path("google/paligemma-3b-pt-224"), data, tmp_path / "run", "--max-steps", "1")
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "google/paligemma-3b-pt-224"
+    card = (tmp_path / "run" / "checkpoint" / "README.md").read_text().splitlines()
+    assert "base_model: google/paligemma-3b-pt-224" in card
+    assert "pgfast export google/paligemma-3b-pt-224 bundle --adapter THIS_FOLDER --precision int8" in card

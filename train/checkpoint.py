@@ -49,7 +49,10 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         if trainee.peft is not None:
-            trainee.peft.save_pretrained(partial)
+            # a folder of the Hub's cache means nothing on another machine
+            named = plan.base.name if plan.base.revision else str(plan.base.path)
+            trainee.peft.peft_config["default"].base_model_name_or_path = named
+            trainee.peft.save_pretrained(partial, save_embedding_layers=False)
         else:
             assert whole is not None
             dtype = _stored_dtype(plan.base.path)
