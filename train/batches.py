@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from .data.records import Dataset
 from .encoding import Encoder
 from .feature_cache import FeatureCache
 from .order import RowOrder, answer_of
-from .pictures import Augment, Pictures
+from .pictures import Augment, Pictures, broken_picture
 from .sequence import IGNORE, Batch, Example, collate, loss_weights
+
+logger = logging.getLogger(__name__)
 
 AUGMENT = 4
 """First word of the seeds of augmentation (`order.py` has the others)."""
@@ -42,6 +45,18 @@ class MicroBatch:
     """Cached features [P, W] by picture number."""
     names: tuple[str, ...]
     """Name of each picture in the feature cache; empty where it is not to be kept."""
+
+
+def encode_rows(
+    encoder: Encoder, dataset: Dataset, rows: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
+) -> list[Example]:
+    """Return the examples of rows [G], each with the answer that its epoch [G] teaches."""
+    examples = []
+    for row, epoch in zip(rows.tolist(), epochs.tolist(), strict=True):
+        record = dataset.record(row)
+        answers = encoder.taught(record)
+        examples.append(encoder(record, answer_of(answers, epoch, row, seed) if len(answers) > 1 else answers[0]))
+    return examples
 
 
 class BatchMaker:
@@ -101,18 +116,13 @@ class BatchMaker:
         c = self._config
         rows, epochs = self._order.draw(step)
         # every process encodes all texts: they are cheap, and the loss is a mean over the whole step
-        examples = [self._encode(int(row), int(epoch)) for row, epoch in zip(rows, epochs, strict=True)]
+        examples = encode_rows(self._encoder, self._dataset, rows, epochs, c.seed)
         total = sum(len(example.suffix) for example in examples) if c.loss_reduction == "token" else len(examples)
         mine = np.arange(len(rows)).reshape(c.accumulation, self._world, c.batch_size)[:, self._rank]
         return [
             self._micro_batch(rows[part], [examples[i] for i in part], total, [AUGMENT, c.seed, step, self._rank, number])
             for number, part in enumerate(mine)
         ]
-
-    def _encode(self, row: int, epoch: int) -> Example:
-        record = self._dataset.record(row)
-        cycled = self._config.answers == "cycle" and record.answers
-        return self._encoder(record, answer_of(record.answers, epoch, row, self._config.seed) if cycled else None)
 
     def _micro_batch(self, rows: NDArray[np.int64], examples: list[Example], total: float, seed: list[int]) -> MicroBatch:
         batch = collate(examples, **self._special)
@@ -149,9 +159,10 @@ class BatchMaker:
             return self._pictures.squashed(row)
         except ImageError as error:
             if not self._config.skip_bad:
-                name = self._dataset.record(row).id
-                raise TrainError(f"row {row} (question {name}): {error}; --skip-bad goes on without such rows") from error
-            self.unreadable[row] = str(error)
+                raise TrainError(broken_picture(self._dataset, row, error)) from error
+            if row not in self.unreadable:
+                self.unreadable[row] = str(error)
+                logger.warning("row %d is left out: %s", row, error)
             return None
 
     def _name(self, row: int) -> str:

@@ -49,7 +49,10 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         if trainee.peft is not None:
-            trainee.peft.save_pretrained(partial)
+            # a folder of the Hub's cache means nothing on another machine
+            named = plan.base.name if plan.base.revision else str(plan.base.path)
+            trainee.peft.peft_config["default"].base_model_name_or_path = named
+            trainee.peft.save_pretrained(partial, save_embedding_layers=False)
         else:
             assert whole is not None
             dtype = _stored_dtype(plan.base.path)
@@ -70,6 +73,20 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
         if old.exists() and not folder.exists():
             os.replace(old, folder)
         raise TrainError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def renew_card(folder: Path, plan: Plan, trainee: Trainee, processes: Processes) -> None:
+    """Write the card of a checkpoint again, with the evaluations that came after it.
+
+    Raises:
+        TrainError: The disk is full or cannot be written.
+    """
+    if not processes.is_main:
+        return
+    try:
+        write_card(folder, plan, trainee.answer_model, folder.parent, processes.world)
+    except OSError as error:
+        raise TrainError(f"the card of {folder} cannot be written: {error.strerror}") from error
 
 
 def _stored_dtype(base: Path) -> torch.dtype:

@@ -49,7 +49,7 @@ class TrainConfig:
     eval_annotations: str = _value("", "Its VQAv2 annotations.")
     eval_limit: int = _value(0, "Evaluate on so many rows, drawn by the seed; 0: all.", low=0, free=True)
     holdout: float = _value(0.0, "Share of the training pictures kept for evaluation, with their questions.", low=0)
-    skip_bad: bool = _value(False, "Leave out rows that cannot be used, after naming them in a report.")
+    skip_bad: bool = _value(False, "Leave out rows that cannot be used, after naming them in a report.", free=True)
     prompt: str = _value("answer {language} {text}", "Template around a question; kept with the checkpoint.")
     language: str = _value("en", "What {language} becomes.")
     answers: str = _value(
@@ -116,6 +116,10 @@ class TrainConfig:
             raise InputError(f"--freeze names {unknown[0]!r}: only {', '.join(TOWERS)} are known")
         if self.method == "full" and set(self.frozen) == set(TOWERS):
             raise InputError("--freeze names every tower: nothing would be trained")
+        if self.method != "full" and "language" in self.frozen:
+            raise InputError(f"--freeze names the language model, where --method {self.method} puts its adapters")
+        if self.warmup_steps and self.warmup_fraction:
+            raise InputError("--warmup-steps and --warmup-fraction exclude each other")
         if "{text}" not in self.prompt:
             raise InputError("--prompt has no {text}: the question would be left out")
         if "\n" in self.prompt:
@@ -156,5 +160,5 @@ def flag(name: str) -> str:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Say in words what differs between two `TrainConfig.fixed()`."""
-    names = [name for name in new if name not in old or old[name] != new[name]]
-    return ", ".join(f"{flag(name)} was {old.get(name)!r} and is {new[name]!r}" for name in names)
+    names = [name for name in {**new, **old} if name not in old or name not in new or old[name] != new[name]]
+    return ", ".join(f"{flag(name)} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .batches import encode_rows
 from .config import TrainConfig
 from .distributed import Processes
 from .estimate import Estimate, estimate
@@ -52,8 +53,8 @@ def rehearse(config: TrainConfig, out: Path | None, processes: Processes, on_pro
 
 
 def _first_batch(plan: Plan) -> list[Example]:
-    rows, _ = plan.order.draw(0)
-    return [plan.encoder(plan.train.dataset.record(int(row))) for row in rows[: plan.config.batch_size]]
+    rows, epochs = (part[: plan.config.batch_size] for part in plan.order.draw(0))
+    return encode_rows(plan.encoder, plan.train.dataset, rows, epochs, plan.config.seed)
 
 
 def _data(plan: Plan) -> str:

@@ -23,6 +23,7 @@ class Encoder:
         max_prompt_tokens: `<bos>` and newline included.
         max_answer_tokens: `<eos>` included.
         cut_answers: Cut longer answers instead of refusing them.
+        cycle: Teach each of a record's answers in turn, not the most common one alone.
     """
 
     tokenizer: Tokenizer
@@ -32,6 +33,11 @@ class Encoder:
     max_prompt_tokens: int
     max_answer_tokens: int
     cut_answers: bool
+    cycle: bool = False
+
+    def taught(self, record: Record) -> tuple[str, ...]:
+        """Return the answers that training will use: the most common one, or with `cycle` all that say something."""
+        return (self.cycle and tuple(answer for answer in record.answers if answer.strip())) or (record.answer,)
 
     def prompt(self, record: Record) -> list[int]:
         """Return `<bos>`, prompt and newline.
@@ -77,11 +83,11 @@ class Encoder:
         return Example(self.prompt(record), self.answer(record.answer if answer is None else answer))
 
     def check(self, record: Record) -> int:
-        """Look at a record with all of its answers; return how many of them would be cut.
+        """Look at a record with the answers that are taught; return how many of them would be cut.
 
         Raises:
             RowError: It cannot be trained on.
         """
         self.prompt(record)
-        suffixes = [self.answer(text) for text in {record.answer, *record.answers}]
+        suffixes = [self.answer(text) for text in set(self.taught(record))]
         return sum(ids[-1] != self.eos_id for ids in suffixes)

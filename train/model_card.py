@@ -39,7 +39,9 @@ def write_card(folder: Path, plan: Plan, model: nn.Module, run: Path, world: int
         "### Training results\n\n" + _results(evaluations, plan),
         "### Framework versions\n\n" + "\n".join(f"- {package} {_version(package)}" for package in _VERSIONS),
     ]
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+    partial = folder / ".README.md.partial"
+    partial.write_text("\n\n".join(sections) + "\n")
+    partial.replace(folder / "README.md")
 
 
 def _header(plan: Plan, evaluations: list[Evaluated]) -> str:
@@ -140,7 +142,7 @@ def _results(evaluations: list[Evaluated], plan: Plan) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + ":---:|" * len(head)]
     for e in evaluations:
         cells = [f"{e.training_loss:.4f}", f"{e.epoch:.4f}", str(e.step), f"{e.loss:.4f}", f"{e.accuracy:.4f}"]
-        lines.append(f"| {' | '.join([*cells, *(f'{e.by_type[name]:.4f}' for name in types)])} |")
+        lines.append(f"| {' | '.join([*cells, *(f'{e.by_type[name]:.4f}' if name in e.by_type else '' for name in types)])} |")
     return "\n".join(lines) + "\n\nAccuracy is the official VQA accuracy of greedy answers, 0 to 1."
 
 

@@ -21,6 +21,11 @@ Augment = Callable[[NDArray[np.uint8], np.random.Generator], NDArray[np.uint8]]
 """Changes pictures [N, R, R, 3] in a way that keeps every answer true."""
 
 
+def broken_picture(dataset: Dataset, row: int, error: Exception) -> str:
+    """Say which row's picture cannot be read, and what to do."""
+    return f"{dataset.name}, row {row} (question {dataset.record(row).id}): {error}; --skip-bad goes on without such rows"
+
+
 class Pictures:
     """Squashed pictures by row, from any number of threads.
 

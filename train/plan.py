@@ -93,6 +93,7 @@ def make_plan(
         config.max_prompt_tokens,
         config.max_answer_tokens,
         config.cut_answers,
+        config.answers == "cycle",
     )
     cut: dict[str, int] = {}
 

@@ -93,6 +93,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_REPLACES = {
+    "warmup_steps": "warmup_fraction",
+    "warmup_fraction": "warmup_steps",
+    "epochs": "max_steps",
+    "eval_data": "holdout",
+}
+"""A value that is given takes the place of a preset's other way to say the same."""
+
+
 def resolve(preset: str, overrides: dict[str, Any]) -> TrainConfig:
     """Return the preset with some values changed.
 
@@ -101,4 +110,6 @@ def resolve(preset: str, overrides: dict[str, Any]) -> TrainConfig:
     """
     if preset not in PRESETS:
         raise InputError(f"there is no preset {preset!r}: one of {', '.join(PRESETS)}")
-    return TrainConfig(**{"preset": preset, **PRESETS[preset], **overrides})
+    replaced = {_REPLACES[name] for name in overrides if name in _REPLACES}
+    values = {name: value for name, value in PRESETS[preset].items() if name not in replaced}
+    return TrainConfig(**{"preset": preset, **values, **overrides})

@@ -85,10 +85,32 @@ def open_base(checkpoint: str) -> Base:
         config = PaliGemmaConfig.from_pretrained(found.path)
     except Exception as error:  # whatever transformers raises for values that make no model
         raise TrainError(f"{checkpoint}/config.json is not usable: {' '.join(str(error).split())[:150]}") from error
+    _settle_ids(config, checkpoint)
     tokenizer = Tokenizer(found.path / "tokenizer.json", bos_id=config.bos_token_id)
     tokenizer.check_ids(config.text_config.vocab_size)
+    _check_end(config, tokenizer, checkpoint)
     spec = read_image_spec(found.path, config.vision_config.image_size)
     return Base(found.path, found.name, found.revision, config, spec, tokenizer)
+
+
+def _settle_ids(config: Any, checkpoint: str) -> None:
+    """Take the ids from where they are: at the top in older files, in `text_config` in newer ones."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        value = getattr(config.text_config, name, None) if value is None else value
+        if not isinstance(value, int):
+            raise TrainError(f"{checkpoint}/config.json: {name} is {value!r}: a whole number is needed")
+        setattr(config, name, value)
+
+
+def _check_end(config: Any, tokenizer: Tokenizer, checkpoint: str) -> None:
+    """Make sure that answers end with `<eos>`: with another token the model would never stop."""
+    shown = tokenizer.decode_with_markers([config.eos_token_id]).strip()
+    if shown != "<eos>":
+        raise TrainError(
+            f"{checkpoint}/config.json: eos_token_id is {config.eos_token_id}, which tokenizer.json calls {shown!r}: "
+            "answers would be taught without <eos>"
+        )
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -198,7 +220,8 @@ def _four_bits(compute_dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+        # patterns for a whole name up to a dot: plain "vision_tower" would match nothing
+        llm_int8_skip_modules=[r".*\.vision_tower", r".*\.multi_modal_projector", "lm_head"],
     )
 
 

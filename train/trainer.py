@@ -20,7 +20,7 @@ from pgfast.errors import TrainError
 from . import schedule, state
 from .answer_model import batch_tensors
 from .batches import BatchMaker, MicroBatch
-from .checkpoint import write_checkpoint
+from .checkpoint import renew_card, write_checkpoint
 from .config import difference
 from .distributed import Processes, gradients_stay, wrap
 from .feature_cache import FeatureCache
@@ -98,35 +98,51 @@ class Trainer:
         """Train what is left and write the checkpoint.
 
         Returns:
-            `steps`, `loss` of the last step, `accuracy` of the checkpoint (None without evaluation data), `stopped_early`.
+            `steps`, `loss` of the last step (None if none was left), `accuracy` of the checkpoint (None without evaluation
+            data), `stopped_early`.
 
         Raises:
             TrainError: The loss is not a number, a picture is broken, the disk is full. The last state is kept.
         """
-        stopped, loss = False, math.nan
+        loss: float | None = None
         config, steps = self.plan.config, self.plan.steps
         self.model.train()
         try:
-            for passes in self._batches.steps(self.step, steps):
+            for passes in self._batches.steps(steps if self._out_of_patience() else self.step, steps):
                 start = time.perf_counter()
                 loss, norm, lr = self._train(passes)
                 self.step += 1
                 self._log_step(loss, norm, lr, time.perf_counter() - start)
                 if self.step in self._evaluation_steps():
                     self._evaluate()
-                    stopped = bool(config.patience) and self.since_best >= config.patience
-                if self.step % config.save_every == 0 or self.step == steps or stopped:
+                if self.step % config.save_every == 0 or self.step == steps or self._out_of_patience():
                     self._save()
-                if stopped:
+                if self._out_of_patience():
                     break
         finally:
             self._batches.close()
+            self._name_unreadable()
             if self.log:
                 self.log.close()
         if self._validation is None or self.best < 0:
             self._write_checkpoint()
+        else:
+            renew_card(self.out / CHECKPOINT, self.plan, self.trainee, self.processes)
         accuracy = self.best if self.best >= 0 else None
-        return {"steps": self.step, "loss": loss, "accuracy": accuracy, "stopped_early": stopped and self.step < steps}
+        return {"steps": self.step, "loss": loss, "accuracy": accuracy, "stopped_early": self.step < steps}
+
+    def _out_of_patience(self) -> bool:
+        patience = self.plan.config.patience
+        return bool(patience) and self.since_best >= patience
+
+    def _name_unreadable(self) -> None:
+        """Add the rows whose picture turned out to be broken to a report."""
+        if not self._batches.unreadable:
+            return
+        record = self.plan.train.dataset.record
+        with (self.out / f"unreadable-rows-process-{self.processes.rank}.jsonl").open("a") as file:
+            for row, reason in self._batches.unreadable.items():
+                file.write(json.dumps({"row": row, "id": record(row).id, "reason": reason}) + "\n")
 
     def _evaluation_steps(self) -> set[int]:
         if self._validation is None:
@@ -273,4 +289,5 @@ class Trainer:
             json.dumps({"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}, indent=1)
         )
         what = f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}"
-        return f"{what}: the batch is in {file}, the last good state in {self.out / STATES}"
+        kept = f", the last good state in {self.out / STATES}" if state.newest(self.out / STATES) else ""
+        return f"{what}: the batch is in {file}{kept}"

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from pgfast.errors import ImageError, TrainError
 from pgfast.image import normalize
 
 from .answer_model import batch_tensors, greedy
 from .data.records import RowError
 from .distributed import Processes
 from .evaluation.scores import Score, score
-from .pictures import Pictures
+from .pictures import Pictures, broken_picture
 from .plan import Plan, Progress
 from .sequence import Example, collate
+
+logger = logging.getLogger(__name__)
 
 
 class Validation:
@@ -44,24 +49,34 @@ class Validation:
 
         Returns:
             (loss per answer token, score).
+
+        Raises:
+            TrainError: A picture is broken inside (with `skip_bad`: all are).
         """
         was_training = model.training
         model.eval()
         answers: list[tuple[int, str]] = []
-        loss = torch.zeros(2, dtype=torch.float64)  # sum, tokens
+        loss, done = torch.zeros(2, dtype=torch.float64), 0  # sum, tokens
         with torch.inference_mode(), ThreadPoolExecutor(self._config.workers) as pool:
-            for rows in self._groups():
-                hidden, image_index = self._hidden(model, rows, pool)
+            for group in self._groups():
+                done += len(group)
+                pictures = self._open(group, pool)
+                rows = [row for row in group if self._dataset.record(row).picture in pictures]
+                if not rows:
+                    continue
+                hidden, image_index = self._hidden(model, rows, pictures)
                 loss += self._loss(model, rows, hidden, image_index)
                 prompts = [self._encoder.prompt(self._dataset.record(row)) for row in rows]
                 of_row = hidden[torch.from_numpy(image_index).to(hidden.device)]
                 most = self._config.max_new_tokens
                 ids = greedy(model, of_row, prompts, eos_id=self._eos_id, max_new_tokens=most)
                 answers += [(row, self._tokenizer.decode(i).strip()) for row, i in zip(rows, ids, strict=True)]
-                on_progress("evaluating", len(answers), len(self._rows), "")
+                on_progress("evaluating", done, len(self._rows), "")
         model.train(was_training)
         if self._shared:
             answers, loss = self._processes.gather(answers), self._processes.sum(loss)
+        if not answers:
+            raise TrainError(f"{self._dataset.name}: no picture of the evaluation data can be read")
         in_order = sorted(answers)
         return float(loss[0] / loss[1].clamp(min=1)), score((self._dataset.record(row), text) for row, text in in_order)
 
@@ -73,12 +88,32 @@ class Validation:
         size = self._config.eval_batch_size
         return [rows[at : at + size] for rows in by_length.values() for at in range(0, len(rows), size)]
 
-    def _hidden(self, model: nn.Module, rows: list[int], pool: ThreadPoolExecutor) -> tuple[torch.Tensor, np.ndarray]:
+    def _open(self, rows: list[int], pool: ThreadPoolExecutor) -> dict[str, NDArray[np.uint8]]:
+        """Return the pictures [R, R, 3] of rows by name; with `skip_bad` those that are broken inside are left out."""
+        row_of = {self._dataset.record(row).picture: row for row in rows}
+        return {
+            name: picture
+            for name, picture in zip(row_of, pool.map(self._squashed, row_of.values()), strict=True)
+            if picture is not None
+        }
+
+    def _squashed(self, row: int) -> NDArray[np.uint8] | None:
+        try:
+            return self._pictures.squashed(row)
+        except ImageError as error:
+            if not self._config.skip_bad:
+                raise TrainError(broken_picture(self._dataset, row, error)) from error
+            logger.warning("row %d of %s is not evaluated: %s", row, self._dataset.name, error)
+            return None
+
+    def _hidden(
+        self, model: nn.Module, rows: list[int], pictures: dict[str, NDArray[np.uint8]]
+    ) -> tuple[torch.Tensor, NDArray[np.int64]]:
         """Return the tower's output [I, P, W] and the picture of each row, [B]."""
         names = [self._dataset.record(row).picture for row in rows]
-        number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        pictures = np.stack(list(pool.map(self._pictures.squashed, [rows[names.index(name)] for name in number])))
-        pixels = torch.from_numpy(normalize(pictures, self._pictures.spec)).to(self._processes.device)
+        number = {name: i for i, name in enumerate(pictures)}
+        stacked = np.stack(list(pictures.values()))  # [I, R, R, 3]
+        pixels = torch.from_numpy(normalize(stacked, self._pictures.spec)).to(self._processes.device)
         nothing = torch.empty(0, dtype=torch.long, device=self._processes.device)
         hidden: torch.Tensor = model(nothing, nothing, nothing, pixel_values=pixels, only_vision=True)
         return hidden, np.array([number[name] for name in names])
