@@ -103,7 +103,7 @@ def make_checkpoint(d: Dimensions, texts: Iterable[str], folder: Path, seed: int
     logging.disable_progress_bar()
     tokenizer = _tokenizer(d, texts)
     torch.manual_seed(seed)
-    model = PaliGemmaForConditionalGeneration._from_config(PaliGemmaConfig(**_config(d)))
+    model = PaliGemmaForConditionalGeneration._from_config(PaliGemmaConfig(**configuration(d)))
     model.tie_weights()
     partial = folder.with_name(f".{folder.name}.partial")
     model.save_pretrained(partial)
@@ -131,7 +131,8 @@ def parameters(folder: Path) -> int:
     return total
 
 
-def _config(d: Dimensions) -> dict[str, Any]:
+def configuration(d: Dimensions) -> dict[str, Any]:
+    """Return the arguments of transformers' `PaliGemmaConfig`."""
     vision = {
         "model_type": "siglip_vision_model",
         "image_size": d.image_size,
