@@ -45,7 +45,7 @@ def lines(data: Data) -> list[str]:
         f"- {m['processor']}, {m['cores']} cores ({', '.join(m['flags'])}), {m['memory_bytes'] / 2**30:.0f} GiB, {m['system']}",
         f"- {versions}, Python {m['python']}; {data['date']}, commit {m['commit']}",
         f"- {s['precision']} on both sides, {s['threads']} threads; {s['batch_size']} rows per pass, {s['accumulation']} "
-        f"passes per step; {s['counted']} counted steps after {s['warmup']} uncounted; {s['rounds']} rounds in turns, "
+        f"passes per step; counted steps: {s['counted']} after {s['warmup']} uncounted; {s['rounds']} rounds in turns, "
         "every run in a fresh process",
         "- transformers: its Trainer, PaliGemmaProcessor in the collator, `labels`; pgfast: preset `seed`. The same rows in "
         "the same batches, vision tower and projector frozen, data preparation inside the times",
