@@ -154,3 +154,29 @@ def compare(before: Path, after: Path, threshold: float) -> None:
     worse = sum(row.regressed(threshold) for row in rows)
     print(f"{worse} of {len(rows)} rows are worse by more than {threshold:.0%}")
     sys.exit(1 if worse else 0)
+
+
+@bench.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), default="build/bench-training", show_default=True, help="For what is made."
+)
+@click.option("--model", "models", multiple=True, default=("proportional", "head-heavy"), show_default=True, help="Or tiny.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of each variant.")
+@click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Steps that are not counted.")
+@click.option("--steps", "counted", type=click.IntRange(1), default=2, show_default=True, help="Steps that are.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Rows per pass.")
+@click.option("--accumulation", type=click.IntRange(1), default=2, show_default=True, help="Passes per step.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores", help="For everybody.")
+def training(out: Path, **words: Any) -> None:
+    """Compare a training step with the public recipe (transformers' Trainer), in fp32 on the CPU.
+
+    Writes results.json and report.md into OUT. The models have random weights: "proportional" has the 3B model's shares of
+    arithmetic, "head-heavy" is small around the whole vocabulary.
+    """
+    from .training.report import write_report
+    from .training.run import Settings, measure
+
+    out.mkdir(parents=True, exist_ok=True)
+    measure(Settings(**words), out / "results.json", lambda line: print(f"pgfast: {line}", file=sys.stderr))
+    print(write_report(out / "results.json", out))

@@ -55,12 +55,16 @@ def serve(spec_text: str, requests: TextIO, replies: TextIO) -> None:
             reply(**dataclasses.asdict(outcome), memory=memory() | {"device": contender.device_bytes()})
 
 
-def main() -> None:
-    """Keep stdout for the protocol and end with the parent."""
+def be_expendable() -> None:
+    """End with the parent, and be the first to go when memory runs out (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # when memory runs out, this process shall go, not something else on the machine
         Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def main() -> None:
+    """Keep stdout for the protocol and end with the parent."""
+    be_expendable()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.argv[1], sys.stdin, replies)

@@ -1,0 +1,1 @@
+"""The training step of `train/` against the public recipe."""
