@@ -62,7 +62,8 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
             for pattern in _COPIED:
                 for file in plan.base.path.glob(pattern):
                     shutil.copyfile(file, partial / file.name)
-        (partial / PROMPTS_FILE).write_text(json.dumps({"answer": plan.config.prompt}) + "\n")
+        if plan.template is not None:
+            (partial / PROMPTS_FILE).write_text(json.dumps({"answer": plan.template}) + "\n")
         write_card(partial, plan, trainee.answer_model, folder.parent, processes.world)
         if folder.exists():
             os.replace(folder, old)
@@ -92,4 +93,5 @@ def renew_card(folder: Path, plan: Plan, trainee: Trainee, processes: Processes)
 def _stored_dtype(base: Path) -> torch.dtype:
     """The type that the base model is stored in: fp32 masters are rounded to it once, at the end."""
     with safe_open(min(base.glob("*.safetensors")), framework="pt") as file:
-        return _DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
+        stored = file.get_slice(next(iter(file.keys()))).get_dtype()
+    return _DTYPES.get(stored, torch.float32)

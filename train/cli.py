@@ -31,8 +31,12 @@ def _values(command: Any) -> Any:
         declaration = f"{name}/--no-{name[2:]}" if kind is bool else name
         one_of = field.metadata["one_of"]
         shown = "" if kind is bool or field.default == "" else f" [{field.default}]"
-        option_type = None if kind is bool else click.Choice(one_of) if one_of else kind
-        command = click.option(declaration, field.name, type=option_type, default=None, help=text + shown)(command)
+        # TrainConfig itself refuses values, in one line and also for users of the Python API
+        metavar = "|".join(one_of) or None
+        option_type = None if kind is bool else kind
+        command = click.option(declaration, field.name, type=option_type, metavar=metavar, default=None, help=text + shown)(
+            command
+        )
     return command
 
 

@@ -130,6 +130,8 @@ class TrainConfig:
             )
         if self.holdout and self.eval_data:
             raise InputError("--holdout and --eval-data exclude each other")
+        if self.holdout and not self.evaluations:
+            raise InputError("--holdout keeps pictures for evaluations and --evaluations is 0: change one of them")
         if self.order == "balanced" and self.batch_size % self.questions_per_picture:
             raise InputError("--batch-size has to be a multiple of --questions-per-picture")
 

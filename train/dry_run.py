@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import state
 from .batches import encode_rows
 from .config import TrainConfig
 from .distributed import Processes
@@ -16,6 +17,7 @@ from .plan import Plan, Progress, make_plan
 from .run import base_checkpoint
 from .sequence import Example, prefix_lm_mask
 from .setup import build, count_parameters
+from .trainer import STATES, cursor_of
 
 SHOWN = 4
 """Examples of the first batch that are decoded."""
@@ -26,7 +28,7 @@ def rehearse(config: TrainConfig, out: Path | None, processes: Processes, on_pro
 
     Args:
         config: The run.
-        out: Its folder, used only if the demo's base model is there already.
+        out: Its folder: whether it holds another run is checked, nothing is written there.
         processes: This process among the others.
         on_progress: Called while data is checked.
 
@@ -44,6 +46,8 @@ def rehearse(config: TrainConfig, out: Path | None, processes: Processes, on_pro
         plan = make_plan(
             config, checkpoint, world=processes.world, device=processes.device, bad_rows=None, on_progress=on_progress
         )
+        if out is not None and (found := state.newest(out / STATES)):
+            state.check(state.read_cursor(found), cursor_of(plan, processes.world), out)
         trainee = build(plan.config, plan.base, on_meta=True)
         counts = count_parameters(trainee.answer_model)
         examples = _first_batch(plan)

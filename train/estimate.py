@@ -56,10 +56,10 @@ def estimate(plan: Plan, counts: dict[str, tuple[int, int]], examples: list[Exam
     if c.method == "full":
         weights = total * 4 // shards + (total * 2 // shards if half else 0)  # autocast keeps a bf16 copy for the pass
     elif c.method == "lora":
-        weights = total * (2 if half else 4) + trainable * 4
+        weights = (total - trainable) * (2 if half else 4) + trainable * 4
     else:
         quantized = _matrices(text)
-        weights = quantized // 2 + (total - quantized) * (2 if half else 4) + trainable * 4
+        weights = quantized // 2 + (total - trainable - quantized) * (2 if half else 4) + trainable * 4
     width = 2 if half else 4
     layer = _layer_activations(rows, length, text.hidden_size, text.intermediate_size, text.num_attention_heads, width)
     layers = text.num_hidden_layers

@@ -66,7 +66,9 @@ def _summary(plan: Plan, evaluations: list[Evaluated]) -> str:
 
 
 def _prompt(plan: Plan) -> str:
-    template = plan.config.prompt.replace("{language}", plan.config.language)
+    if plan.template is None:
+        return "The training data brings whole prompts, without a template: ask with `pgfast generate` in the same form."
+    template = plan.template
     return f"Questions were put into the template `{template}`, which `pgfast_prompts.json` keeps; a newline ends the prompt."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ class Plan:
     evaluation: Split | None
     cut_answers: int
     """Answers of the training data that are cut."""
+    template: str | None
+    """Prompt template that the checkpoint keeps; None: all rows bring whole prompts."""
     per_step: int
     """Rows of an optimizer step, over passes and processes."""
     steps: int
@@ -87,18 +90,19 @@ def make_plan(
     config = _lengths(config, base)
     encoder = Encoder(
         base.tokenizer,
-        base.config.eos_token_id,
-        config.prompt,
-        config.language,
-        config.max_prompt_tokens,
-        config.max_answer_tokens,
-        config.cut_answers,
-        config.answers == "cycle",
+        eos_id=base.config.eos_token_id,
+        template=config.prompt,
+        language=config.language,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_answer_tokens=config.max_answer_tokens,
+        cut_answers=config.cut_answers,
+        cycle=config.answers == "cycle",
     )
-    cut: dict[str, int] = {}
+    counts = Counter[str]()
 
     def check_training(record: Record) -> None:
-        cut["answers"] = cut.get("answers", 0) + encoder.check(record)
+        counts["cut"] += encoder.check(record)
+        counts["questions"] += not record.is_prompt
 
     dataset = open_dataset(config.data, images=_path(config.images), annotations=_path(config.annotations))
     preflight = _look_at(dataset, check_training, config, bad_rows, on_progress)
@@ -111,7 +115,8 @@ def make_plan(
         encoder=encoder,
         train=Split(dataset, rows, preflight),
         evaluation=evaluation,
-        cut_answers=cut.get("answers", 0),
+        cut_answers=counts["cut"],
+        template=answer_template(config) if counts["questions"] else None,
         per_step=per_step,
         steps=total_steps(len(rows), config.epochs, per_step, config.max_steps),
         order=_order(dataset, rows, config, per_step, world),
@@ -128,6 +133,11 @@ def _lengths(config: TrainConfig, base: Base) -> TrainConfig:
     if prompt + answer > limit:
         raise InputError(f"--max-prompt-tokens {prompt} and --max-answer-tokens {answer}: {limit} in all fit this model")
     return dataclasses.replace(config, max_prompt_tokens=prompt, max_answer_tokens=answer)
+
+
+def answer_template(config: TrainConfig) -> str:
+    """The template that questions will have to be put in: a language other than English, where users start, is part of it."""
+    return config.prompt if config.language == "en" else config.prompt.replace("{language}", config.language)
 
 
 def _path(text: str) -> Path | None:
@@ -195,8 +205,8 @@ def _evaluation(
 def _order(dataset: Dataset, rows: NDArray[np.int64], config: TrainConfig, per_step: int, world: int) -> RowOrder:
     if config.order == "epochs":
         return EpochOrder(rows, config.seed, per_step)
-    if not config.max_steps or world > 1:
-        raise InputError("--order balanced needs --max-steps and one process")
+    if not config.max_steps or world > 1 or not dataset.name.startswith("easy-vqa:"):
+        raise InputError("--order balanced needs easy-vqa:train, --max-steps and one process")
     records = [dataset.record(int(row)) for row in rows]
     return BalancedOrder(
         rows,

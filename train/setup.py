@@ -138,13 +138,14 @@ class Trainee:
         return self.answer_model.model
 
 
-def build(config: TrainConfig, base: Base, *, on_meta: bool = False) -> Trainee:
+def build(config: TrainConfig, base: Base, *, on_meta: bool = False, sparse_embedding: bool = False) -> Trainee:
     """Load the base model, freeze towers and put adapters in.
 
     Args:
         config: The run, its precision resolved.
         base: From `open_base`.
         on_meta: Make the modules without memory or weights, to count and to reckon.
+        sparse_embedding: One process trains alone, so the gradient of words looked up may be a sparse one.
 
     Raises:
         TrainError: The weights do not fit the configuration.
@@ -157,8 +158,20 @@ def build(config: TrainConfig, base: Base, *, on_meta: bool = False) -> Trainee:
         # the older name is deprecated where the newer one exists
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if config.method == "full" and sparse_embedding:
+        _spare_a_gradient(model)
     projector_frozen = config.method != "full" or "projector" in config.frozen
     return Trainee(base, AnswerModel(model, vision_frozen=config.vision_frozen, projector_frozen=projector_frozen), peft)
+
+
+def _spare_a_gradient(model: PaliGemmaForConditionalGeneration) -> None:
+    """Let the embedding give a sparse gradient, which is added into the head's dense one.
+
+    A second matrix of that size (2 GB in the 3B model) is never made. Untied, it would be sparse alone, which Adam does not take.
+    """
+    embedding = model.get_input_embeddings()
+    if embedding.weight is model.lm_head.weight:
+        embedding.sparse = True
 
 
 def _on_meta(config: TrainConfig, base: Base) -> PaliGemmaForConditionalGeneration:

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from pgfast.errors import TrainError
 
+from .config import difference
+
 FORMAT = 1
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SEPARATOR = "|"
@@ -42,18 +44,18 @@ class Cursor:
 
     step: int
     """Optimizer steps done; rows, learning rate and augmentation follow from it."""
-    digest: str
-    """`TrainConfig.digest`."""
     fixed: dict[str, Any]
-    """`TrainConfig.fixed`, to name a difference."""
+    """`TrainConfig.fixed`."""
     base: str
     """`Base.fingerprint`."""
     data: str
     """Hash of the training rows."""
     world: int
     """Number of processes."""
-    extra: dict[str, Any]
-    """Best accuracy so far and the like."""
+    best: list[float] | None
+    """Accuracy, loss and step of the checkpoint's evaluation."""
+    since_best: int
+    """Evaluations since then."""
 
 
 def save(folder: Path, cursor: Cursor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -123,6 +125,23 @@ def read_cursor(state: Path) -> Cursor:
         return Cursor(**{name: raw[name] for name in Cursor.__slots__})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(f"{state} is damaged: remove it to start again") from error
+
+
+def check(cursor: Cursor, wanted: Cursor, out: Path) -> None:
+    """Make sure that a state belongs to the run that wants to go on from it.
+
+    Raises:
+        TrainError: It does not; the message says what differs.
+    """
+    way_out = f"choose another --out, or remove {out}"
+    if cursor.fixed != wanted.fixed:
+        raise TrainError(f"{out} holds another run: {difference(cursor.fixed, wanted.fixed)}; {way_out}")
+    if cursor.base != wanted.base:
+        raise TrainError(f"{out} was trained from other weights than the base model holds now; {way_out}")
+    if cursor.data != wanted.data:
+        raise TrainError(f"{out} was trained on other rows than the data holds now; {way_out}")
+    if cursor.world != wanted.world:
+        raise TrainError(f"{out} ran with {cursor.world} processes, this is {wanted.world}; {way_out}")
 
 
 def load(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

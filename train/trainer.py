@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -15,15 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from pgfast.errors import TrainError
+from pgfast.errors import ImageError, TrainError
 
 from . import schedule, state
 from .answer_model import batch_tensors
 from .batches import BatchMaker, MicroBatch
 from .checkpoint import renew_card, write_checkpoint
-from .config import difference
 from .distributed import Processes, gradients_stay, wrap
 from .feature_cache import FeatureCache
+from .interruption import StopRequest
 from .pictures import Pictures
 from .plan import Plan, Progress
 from .run_log import Evaluated, RunLog
@@ -33,6 +34,19 @@ from .validation import Validation
 logger = logging.getLogger(__name__)
 
 STATES, CHECKPOINT = "state", "checkpoint"
+
+
+def cursor_of(plan: Plan, world: int) -> state.Cursor:
+    """Return the start of a run: what a state must share with it to be continued."""
+    return state.Cursor(
+        step=0,
+        fixed=plan.config.fixed(),
+        base=plan.base.fingerprint(),
+        data=plan.data_digest,
+        world=world,
+        best=None,
+        since_best=0,
+    )
 
 
 class Trainer:
@@ -51,13 +65,16 @@ class Trainer:
     def __init__(self, plan: Plan, out: Path, processes: Processes, on_progress: Progress) -> None:
         config = plan.config
         self.plan, self.out, self.processes, self.on_progress = plan, out, processes, on_progress
-        self.step, self.best, self.since_best = 0, -1.0, 0
+        self.step = 0
+        self.best: list[float] | None = None
+        """Accuracy, loss and step of the checkpoint's evaluation."""
+        self.since_best = 0
         found = state.newest(out / STATES)
-        self._cursor = state.read_cursor(found) if found else None
-        if self._cursor:
-            self._check(self._cursor)
+        cursor = state.read_cursor(found) if found else None
+        if cursor:
+            state.check(cursor, cursor_of(plan, processes.world), out)
         torch.manual_seed(config.seed)
-        self.trainee: Trainee = build(config, plan.base)
+        self.trainee: Trainee = build(config, plan.base, sparse_embedding=processes.world == 1)
         hf = plan.base.config
         special = {
             "image_token_id": hf.image_token_id,
@@ -87,11 +104,11 @@ class Trainer:
             world=processes.world,
         )
         self._validation = Validation(plan, special, processes, sharded=shard) if plan.evaluation else None
-        if found and self._cursor:
+        if found and cursor:
             state.load(found, self.model, self.optimizer)
-            self.step, extra = self._cursor.step, self._cursor.extra
-            self.best, self.since_best = extra["best"], extra["since_best"]
-            logger.info("continuing at step %d", self.step)
+            self.step, self.best, self.since_best = cursor.step, cursor.best, cursor.since_best
+            on_progress("continuing", self.step, plan.steps, "")
+        self._saved = self.step
         self.log = RunLog(out, self.step) if processes.is_main else None
 
     def run(self) -> dict[str, Any]:
@@ -99,37 +116,54 @@ class Trainer:
 
         Returns:
             `steps`, `loss` of the last step (None if none was left), `accuracy` of the checkpoint (None without evaluation
-            data), `stopped_early`.
+            data) and the step it is from, `stopped_early`.
 
         Raises:
             TrainError: The loss is not a number, a picture is broken, the disk is full. The last state is kept.
+            KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and its state saved.
         """
         loss: float | None = None
-        config, steps = self.plan.config, self.plan.steps
+        steps = self.plan.steps
         self.model.train()
         try:
-            for passes in self._batches.steps(steps if self._out_of_patience() else self.step, steps):
-                start = time.perf_counter()
-                loss, norm, lr = self._train(passes)
-                self.step += 1
-                self._log_step(loss, norm, lr, time.perf_counter() - start)
-                if self.step in self._evaluation_steps():
-                    self._evaluate()
-                if self.step % config.save_every == 0 or self.step == steps or self._out_of_patience():
+            with StopRequest(self.processes.world == 1) as stop:
+                for passes in self._batches.steps(steps if self._out_of_patience() else self.step, steps):
+                    loss = self._step(passes)
+                    if stop.signal is not None:
+                        self._save()
+                        raise KeyboardInterrupt
+                    if self._out_of_patience():
+                        break
+        except (TrainError, ImageError):
+            # between two steps of one process everything is whole: nothing that was learned has to be lost
+            if self.processes.world == 1 and self.step > self._saved:
+                with contextlib.suppress(TrainError):  # the full disk itself, perhaps
                     self._save()
-                if self._out_of_patience():
-                    break
+            raise
         finally:
             self._batches.close()
             self._name_unreadable()
             if self.log:
                 self.log.close()
-        if self._validation is None or self.best < 0:
+        if self.best is None:
             self._write_checkpoint()
         else:
             renew_card(self.out / CHECKPOINT, self.plan, self.trainee, self.processes)
-        accuracy = self.best if self.best >= 0 else None
-        return {"steps": self.step, "loss": loss, "accuracy": accuracy, "stopped_early": self.step < steps}
+        accuracy, _, step = self.best or (None, None, self.step)
+        result = {"steps": self.step, "loss": loss, "accuracy": accuracy, "checkpoint_step": step}
+        return result | {"stopped_early": self.step < steps}
+
+    def _step(self, passes: list[MicroBatch]) -> float:
+        """Do a step and all that is due after it; return its loss."""
+        start = time.perf_counter()
+        loss, norm, lr = self._train(passes)
+        self.step += 1
+        self._log_step(loss, norm, lr, time.perf_counter() - start)
+        if self.step in self._evaluation_steps():
+            self._evaluate()
+        if self.step % self.plan.config.save_every == 0 or self.step == self.plan.steps or self._out_of_patience():
+            self._save()
+        return loss
 
     def _out_of_patience(self) -> bool:
         patience = self.plan.config.patience
@@ -217,10 +251,11 @@ class Trainer:
         if self.log:
             self.log.evaluation(evaluated)
         self.since_best += 1
-        if evaluated.accuracy > self.best:
-            self.best, self.since_best = evaluated.accuracy, 0
+        # of two with the same accuracy the one that is surer of the right answers
+        if self.best is None or (evaluated.accuracy, -loss) > (self.best[0], -self.best[1]):
+            self.best, self.since_best = [evaluated.accuracy, loss, self.step], 0
             self._write_checkpoint()
-        message = f"accuracy {evaluated.accuracy:.2%}, best {self.best:.2%}"
+        message = f"accuracy {evaluated.accuracy:.2%}, best {self.best[0]:.2%}"
         self.on_progress("evaluated", self.step, self.plan.steps, message)
 
     def _epoch(self) -> float:
@@ -236,29 +271,10 @@ class Trainer:
     def _save(self) -> None:
         if self.log:
             self.log.flush()
-        plan = self.plan
-        cursor = state.Cursor(
-            step=self.step,
-            digest=plan.config.digest(),
-            fixed=plan.config.fixed(),
-            base=plan.base.fingerprint(),
-            data=plan.data_digest,
-            world=self.processes.world,
-            extra={"best": self.best, "since_best": self.since_best},
-        )
+        start = cursor_of(self.plan, self.processes.world)
+        cursor = dataclasses.replace(start, step=self.step, best=self.best, since_best=self.since_best)
         state.save(self.out / STATES, cursor, self.model, self.optimizer)
-
-    def _check(self, cursor: state.Cursor) -> None:
-        plan = self.plan
-        way_out = f"choose another --out, or remove {self.out}"
-        if cursor.digest != plan.config.digest():
-            raise TrainError(f"{self.out} holds another run: {difference(cursor.fixed, plan.config.fixed())}; {way_out}")
-        if cursor.base != plan.base.fingerprint():
-            raise TrainError(f"{self.out} was trained from other weights than {plan.base.name} holds now; {way_out}")
-        if cursor.data != plan.data_digest:
-            raise TrainError(f"{self.out} was trained on other rows than {plan.config.data} holds now; {way_out}")
-        if cursor.world != self.processes.world:
-            raise TrainError(f"{self.out} ran with {cursor.world} processes, this is {self.processes.world}; {way_out}")
+        self._saved = self.step
 
     def _write_checkpoint(self) -> None:
         write_checkpoint(self.out / CHECKPOINT, self.plan, self.trainee, self.model, self.processes)
