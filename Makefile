@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO_RUN := build/demo-model
 
-.PHONY: demo test test-slow lint demo-model demo-bundle bench bench-full wheel clean
+.PHONY: demo test test-slow lint demo-model demo-bundle seed-example bench bench-full wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pgfast answer pgfast/demo/blue_circle.png "what color is the shape?"
@@ -22,15 +22,25 @@ lint: $(VENV)/.test
 	$(BIN)/mypy pgfast export train bench
 	$(BIN)/mypy tests/typed_usage.py
 
-# Trains the embedded model anew (about half an hour on two cores; run it again to continue a run that was stopped)
+# Trains the embedded model anew (30 to 60 minutes on two cores; run it again to continue a run that was stopped)
 demo-model: $(VENV)/.test
-	$(BIN)/pgfast train tiny $(DEMO_RUN)
+	$(BIN)/pgfast train --preset tiny --out $(DEMO_RUN)
 
 # Puts the model of demo-model into the package
 demo-bundle: demo-model
 	rm -rf tests/demo_checkpoint pgfast/demo/bundle
 	cp -r $(DEMO_RUN)/checkpoint tests/demo_checkpoint
 	$(BIN)/pgfast export tests/demo_checkpoint pgfast/demo/bundle --verify
+
+# The seed preset from the demo model on a shifted task, as docs/training.md shows it (minutes)
+seed-example: $(VENV)/.test
+	rm -rf build/renamed build/seed-example
+	$(BIN)/python -m pgfast.train.demo.renamed_answers build/renamed
+	$(BIN)/pgfast eval tests/demo_checkpoint build/renamed/test
+	$(BIN)/pgfast train --preset seed --model tests/demo_checkpoint --data build/renamed/train --eval-data build/renamed/test \
+		--max-new-tokens 4 --feature-cache build/features --out build/seed-example
+	$(BIN)/pgfast export build/seed-example/checkpoint build/seed-example/bundle
+	$(BIN)/pgfast eval build/seed-example/bundle build/renamed/test
 
 bench: $(VENV)/.demo
 	$(BIN)/pgfast bench startup

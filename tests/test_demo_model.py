@@ -15,13 +15,13 @@ from pgfast.bench import accuracy
 from pgfast.export.build import export
 from pgfast.export.plan import ExportOptions
 from pgfast.train.demo import easy_vqa_data
-from pgfast.train.model_step import pixel_values
+from pgfast.train.demo.tiny_paligemma import IMAGE_SPEC
 from PIL import Image, ImageDraw
 
 from pgfast import GenerateOptions
 from pgfast.bundle import sha256_of
 from pgfast.engine import Engine, demo_bundle
-from pgfast.image import open_image, to_pixel_values
+from pgfast.image import normalize, open_image, to_pixel_values
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def transformers_answers(questions: easy_vqa_data.Questions, demo: Engine) -> li
             for start in range(0, len(rows), 256):
                 part = rows[start : start + 256]
                 ids = torch.tensor([[image_id] * 64 + prompts[row] for row in part])
-                pictures = pixel_values(questions.images[questions.image_index[part]])
+                pictures = torch.from_numpy(normalize(questions.images[questions.image_index[part]], IMAGE_SPEC))
                 out = model.generate(
                     input_ids=ids,
                     pixel_values=pictures,
@@ -164,6 +164,6 @@ def test_the_shipped_picture_is_answered_rightly(demo: Engine) -> None:
 
 def test_the_recipe_in_the_log_is_the_default_recipe() -> None:
     """docs/log.md names the recipe that made the bundle; changing a default without retraining must not go unseen."""
-    from pgfast.train.config import TinyConfig
+    from pgfast.train.presets import resolve
 
-    assert TinyConfig().digest() in (TESTS.parent / "docs" / "log.md").read_text()
+    assert resolve("tiny", {}).digest() in (TESTS.parent / "docs" / "log.md").read_text()

@@ -93,6 +93,7 @@ def test_the_seed_preset_end_to_end(checkpoint: Path, data: Path, tmp_path: Path
         "steps": 18,  # 30 rows * 10 epochs // 16
         "loss": pytest.approx(float(steps(out)[-1]["loss"])),
         "accuracy": max(e["accuracy"] for e in evaluations(out)),
+        "checkpoint_step": max(evaluations(out), key=lambda e: (e["accuracy"], -e["loss"]))["step"],
         "stopped_early": False,
         "checkpoint": str(out / "checkpoint"),
     }
@@ -287,6 +288,54 @@ def test_a_finished_run_is_not_trained_further(
     assert again == report | {"loss": None}
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes() == weights
     assert len(steps(tmp_path / "run")) == 3
+
+
+def test_of_equal_accuracies_the_lower_loss_is_kept(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pgfast.train import validation
+    from pgfast.train.evaluation.scores import Group, Score
+
+    found = iter([(2.0, 0.5), (1.0, 0.5), (3.0, 0.5), (0.5, 0.25)])
+
+    def given(*_: Any) -> tuple[float, Score]:
+        loss, accuracy = next(found)
+        return loss, Score("official", Group(accuracy, 6), {}, {}, 0)
+
+    monkeypatch.setattr(validation.Validation, "run", given)
+    report = train(capsys, "seed", checkpoint, data, tmp_path / "run", "--max-steps", "4", "--holdout", "0.2")
+    assert (report["accuracy"], report["checkpoint_step"]) == (0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--prompt", "answer {language} {text}"], "answer {language} {text}"),
+        # inference asks in English unless told otherwise
+        (["--prompt", "answer {language} {text}", "--language", "fr"], "answer fr {text}"),
+    ],
+)
+def test_the_template_is_the_one_that_was_trained(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], kept: str
+) -> None:
+    train(capsys, "seed", checkpoint, data, tmp_path / "run", "--max-steps", "1", *words)
+    assert json.loads((tmp_path / "run" / "checkpoint" / "pgfast_prompts.json").read_text()) == {"answer": kept}
+    assert f"`{kept}`" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+
+
+def test_whole_prompts_leave_no_template(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"image": row["image"], "prefix": f"answer en {row['question']}", "suffix": row["answer"]} for row in read_rows(data)
+    ]
+    train(capsys, "seed", checkpoint, write_rows(data.with_name("prefix.jsonl"), rows), tmp_path / "run", "--max-steps", "1")
+    assert not (tmp_path / "run" / "checkpoint" / "pgfast_prompts.json").exists()
+    assert "without a template" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_early_stop(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

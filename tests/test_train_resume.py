@@ -135,6 +135,57 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(checkpoint: Path, data: Path, 
     assert without_time[0] == without_time[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
+    checkpoint: Path, data: Path, whole: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pgfast.train.trainer import Trainer
+
+    train = Trainer._train
+
+    def signalled(self: Trainer, passes: Any) -> Any:
+        if self.step == 4:
+            os.kill(os.getpid(), number)
+        return train(self, passes)
+
+    before = signal.getsignal(number)
+    options = values(checkpoint, data, save_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **options)
+    assert signal.getsignal(number) is before
+    assert [folder.name for folder in (tmp_path / "state").iterdir()] == ["step-00000005"]
+    run(tmp_path, **options)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_what_was_learned_before_a_broken_picture_is_kept(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(data.parent, tmp_path / "data")
+    options = values(checkpoint, folder / "rows.jsonl", save_every=1000, holdout=0, evaluations=0)
+    run(tmp_path / "whole", **options)
+    # the header stays, so that only decoding finds it; the picture of the third step's first row
+    broken = folder / f"{_picture_of_step(folder / 'rows.jsonl', 2)}.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    with pytest.raises(TrainError, match=rf"{broken.name}.*--skip-bad"):
+        run(tmp_path / "run", **options)
+    (kept,) = (tmp_path / "run" / "state").iterdir()
+    assert 1 <= int(kept.name[5:]) <= 2
+    broken.write_bytes(content)
+    run(tmp_path / "run", **options)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def _picture_of_step(rows: Path, step: int) -> int:
+    """A picture that is shown in a step and in none before it, by the order that the seed gives."""
+    from pgfast.train.order import EpochOrder
+
+    order = EpochOrder(np.arange(len(rows.read_text().splitlines())), 42, 4)
+    before = {int(row) // 2 for earlier in range(step) for row in order.draw(earlier)[0]}
+    return next(int(row) // 2 for row in order.draw(step)[0] if int(row) // 2 not in before)
+
+
 class Stopped(Exception):
     pass
 

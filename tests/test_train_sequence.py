@@ -1,8 +1,6 @@
-"""Training sequences: ids, labels and mask against transformers' own loss."""
+"""Training sequences: ids, labels, mask and weights."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,35 +41,3 @@ def test_the_mask_is_the_prefix_lm_mask(lengths: list[tuple[int, int]]) -> None:
                 assert mask[row, q, k] == (k < p or (k <= q and k < n))
         assert mask[row].any(axis=1).all()  # no query is left without a key
         assert not mask[row, :, n:].any()
-
-
-def test_loss_equals_transformers(checkpoint: Path) -> None:
-    """Our mask and answer-only head against transformers' labels and token_type_ids."""
-    import torch
-    from pgfast.train.model_step import answer_loss
-    from transformers import PaliGemmaForConditionalGeneration
-
-    model = PaliGemmaForConditionalGeneration.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn((2, 3, 32, 32), generator=generator)
-    image_id = model.config.image_token_id
-    ours, wanted, count = 0.0, 0.0, 0
-    with torch.inference_mode():
-        batch = collate(EXAMPLES, image_token_id=image_id, num_image_tokens=16, pad_token_id=0)
-        ours = float(answer_loss(model, pixels, np.array([1, 0]), batch))
-        for row, example in enumerate(EXAMPLES):
-            ids = torch.tensor([[image_id] * 16 + [*example.prefix, *example.suffix]])
-            types = torch.zeros_like(ids)
-            types[:, 16 + len(example.prefix) :] = 1
-            labels = torch.where(types == 1, ids, -100)
-            out = model(
-                input_ids=ids,
-                pixel_values=pixels[1 - row : 2 - row],
-                token_type_ids=types,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(1, ids.shape[1] + 1)[None],
-                labels=labels,
-            )
-            wanted += float(out.loss) * len(example.suffix)
-            count += len(example.suffix)
-    assert ours == pytest.approx(wanted / count, rel=1e-5)

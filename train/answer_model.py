@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from .sequence import IGNORE, Batch
@@ -148,6 +150,8 @@ def greedy(
         selected[:, -1] = True
         mask = torch.ones((rows, selected.shape[1], length + done), dtype=torch.bool, device=device)
         ids = model(ids, mask, selected, cache=cache, **extra).argmax(-1, keepdim=True)  # [B, 1]
+        if isinstance(model, FSDPModule):
+            dist.broadcast(ids, 0)  # all must stop at the same token, whatever their rounding
         extra = {}
         for row, token in enumerate(ids[:, 0].tolist()):
             ended[row] = ended[row] or token == eos_id

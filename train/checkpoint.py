@@ -45,6 +45,8 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
         return
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     try:
+        if old.exists() and not folder.exists():  # a kill between the two renames
+            os.replace(old, folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -56,7 +58,10 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
         else:
             assert whole is not None
             dtype = _stored_dtype(plan.base.path)
-            tensors = {name.removeprefix("model."): value.detach().to(dtype) for name, value in whole.items()}
+            # a tied head is the embedding: cast or gathered they would be two, and both be written
+            tied = trainee.model.lm_head.weight is trainee.model.get_input_embeddings().weight
+            names = {name: name.removeprefix("model.") for name in whole}
+            tensors = {n: whole[name].detach().to(dtype) for name, n in names.items() if not (tied and n == "lm_head.weight")}
             trainee.model.config.dtype = dtype
             trainee.model.save_pretrained(partial, state_dict=tensors)
             for pattern in _COPIED:
@@ -76,7 +81,7 @@ def write_checkpoint(folder: Path, plan: Plan, trainee: Trainee, model: nn.Modul
         raise TrainError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
-def renew_card(folder: Path, plan: Plan, trainee: Trainee, processes: Processes) -> None:
+def renew_card(folder: Path, plan: Plan, trainee: Trainee, processes: Processes, step: int) -> None:
     """Write the card of a checkpoint again, with the evaluations that came after it.
 
     Raises:
@@ -85,7 +90,8 @@ def renew_card(folder: Path, plan: Plan, trainee: Trainee, processes: Processes)
     if not processes.is_main:
         return
     try:
-        write_card(folder, plan, trainee.answer_model, folder.parent, processes.world)
+        stopped_at = step if step < plan.steps else None
+        write_card(folder, plan, trainee.answer_model, folder.parent, processes.world, stopped_at)
     except OSError as error:
         raise TrainError(f"the card of {folder} cannot be written: {error.strerror}") from error
 

@@ -62,16 +62,13 @@ def train(preset: str, out: Path | None, dry_run: bool, **values: Any) -> None:
         raise MissingDependencyError(error.name or "torch", "train") from error
     processes = distributed.join()
     logging.basicConfig(stream=sys.stderr, format="pgfast: %(message)s", level=logging.WARNING)
-    try:
-        with _Bars(processes.is_main) as on_progress:
-            if dry_run:
-                text = rehearsal.rehearse(config, out, processes, on_progress)
-            else:
-                assert out is not None
-                report = start(config, out, processes, on_progress)
-                text = json.dumps(report)
-    finally:
-        processes.close()
+    with _Bars(processes.is_main) as on_progress:
+        if dry_run:
+            text = rehearsal.rehearse(config, out, processes, on_progress)
+        else:
+            assert out is not None
+            text = json.dumps(start(config, out, processes, on_progress))
+    processes.close()  # not after an error: the others may be waiting inside an exchange, and the launcher ends them
     if processes.is_main:
         print(text)
 

@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from pgfast.errors import MissingDependencyError
 
@@ -51,6 +52,14 @@ class Processes:
             dist.all_reduce(value)
         return value
 
+    def of_first(self, value: T) -> T:
+        """Return the first process's value in all of them, for decisions that must not differ by a rounding."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
     def close(self) -> None:
         """Leave the group."""
         if self.world > 1 and dist.is_initialized():
@@ -65,7 +74,8 @@ def join() -> Processes:
         raise MissingDependencyError("accelerate", "train") from error
     # the variables of a launcher that wants FSDP would make accelerate wrap models itself; only its process group is used here
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # the others wait while the first one writes a state
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
     return Processes(state.process_index, state.num_processes, state.device)
 
 
@@ -76,7 +86,8 @@ def wrap(model: AnswerModel, processes: Processes, *, shard: bool) -> nn.Module:
         return model
     if not shard:
         devices = [processes.device] if processes.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        # buffers are constants, and a process without rows to evaluate would miss their broadcast
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
@@ -92,15 +103,9 @@ def wrap(model: AnswerModel, processes: Processes, *, shard: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def gradients_stay(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep the gradients of a pass in this process: only the last pass of a step exchanges them."""
-    if not wanted:
-        yield
-    elif isinstance(model, nn.parallel.DistributedDataParallel):
-        with model.no_sync():
-            yield
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-    else:
+    """Keep the gradients of a pass in this process: of adapters only the last pass of a step exchanges them.
+
+    Sharded models exchange them in every pass: else each process would hold those of the whole model.
+    """
+    with model.no_sync() if wanted and isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext():
         yield

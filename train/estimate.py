@@ -54,7 +54,9 @@ def estimate(plan: Plan, counts: dict[str, tuple[int, int]], examples: list[Exam
     answer_tokens = sum(len(e.suffix) for e in examples)
     shards = processes.world if c.method == "full" else 1
     if c.method == "full":
-        weights = total * 4 // shards + (total * 2 // shards if half else 0)  # autocast keeps a bf16 copy for the pass
+        # autocast keeps a bf16 copy for the pass; a frozen tower is not sharded
+        whole = counts["vision"][1] if c.vision_frozen else 0
+        weights = whole * 4 + (total - whole) * 4 // shards + (total * 2 if half else 0)
     elif c.method == "lora":
         weights = (total - trainable) * (2 if half else 4) + trainable * 4
     else:
@@ -108,11 +110,12 @@ def _flops(plan: Plan, positions: int, patches: int, answer_tokens: int) -> floa
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.randn((1024, 1024), device=device).to(dtype)
+    size = 8192 if device.type == "cuda" else 1024  # large enough that starting it costs nothing beside it
+    a = torch.randn((size, size), device=device).to(dtype)
     best, begin = float("inf"), time.perf_counter()
     while time.perf_counter() - begin < 0.3:  # where bf16 is emulated one product takes seconds
         start = time.perf_counter()
         product = a @ a
         float(product[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
-    return 2.0 * 1024**3 / best
+    return 2.0 * size**3 / best

@@ -12,10 +12,10 @@ from .plan import Plan, Split
 from .run_log import Evaluated, read_evaluations
 from .setup import count_parameters
 
-_VERSIONS = ("pgfast", "transformers", "torch", "peft", "accelerate", "tokenizers")
+_VERSIONS = ("pgfast", "transformers", "torch", "peft", "bitsandbytes", "accelerate", "tokenizers")
 
 
-def write_card(folder: Path, plan: Plan, model: nn.Module, run: Path, world: int) -> None:
+def write_card(folder: Path, plan: Plan, model: nn.Module, run: Path, world: int, stopped_at: int | None = None) -> None:
     """Write `README.md` into a checkpoint.
 
     Args:
@@ -24,17 +24,18 @@ def write_card(folder: Path, plan: Plan, model: nn.Module, run: Path, world: int
         model: What was trained, for the counts.
         run: Folder of the run, with its evaluations.
         world: Number of processes.
+        stopped_at: Last step of a run that stopped early.
     """
     evaluations = read_evaluations(run)
     name = run.name if plan.config.method == "full" else f"{run.name} (LoRA adapter)"
     sections = [
-        _header(plan, evaluations),
+        _header(plan),
         f"# {name}",
         _summary(plan, evaluations),
         "## Prompt\n\n" + _prompt(plan),
         "## How to use it\n\n" + _usage(plan),
         "## Training and evaluation data\n\n" + _data(plan),
-        "## Training procedure\n\n### Training hyperparameters\n\n" + _hyperparameters(plan, world),
+        "## Training procedure\n\n### Training hyperparameters\n\n" + _hyperparameters(plan, world, stopped_at),
         "### Parameters\n\n" + _parameters(model),
         "### Training results\n\n" + _results(evaluations, plan),
         "### Framework versions\n\n" + "\n".join(f"- {package} {_version(package)}" for package in _VERSIONS),
@@ -44,12 +45,12 @@ def write_card(folder: Path, plan: Plan, model: nn.Module, run: Path, world: int
     partial.replace(folder / "README.md")
 
 
-def _header(plan: Plan, evaluations: list[Evaluated]) -> str:
+def _header(plan: Plan) -> str:
     library = "transformers" if plan.config.method == "full" else "peft"
-    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text", "license: gemma"]
-    # a local folder's name is no Hub id, and the Hub refuses a card that says it is
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
+    # a local folder's name is no Hub id, and the Hub refuses a card that says it is; its licence is not known either
     if plan.base.revision is not None:
-        lines.append(f"base_model: {plan.base.name}")
+        lines += ["license: gemma", f"base_model: {plan.base.name}"]
     tags = ["generated_from_trainer", "paligemma", "pgfast", *([] if library == "transformers" else ["lora"])]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
@@ -59,10 +60,11 @@ def _summary(plan: Plan, evaluations: list[Evaluated]) -> str:
     text = f"This model is a fine-tuned version of {plan.base.name}{revision} on {plan.train.dataset.name}."
     if not evaluations:
         return f"{text} It was not evaluated."
-    best = max(evaluations, key=lambda e: e.accuracy)
+    best = max(evaluations, key=lambda e: (e.accuracy, -e.loss))
     assert plan.evaluation is not None
     where = plan.evaluation.dataset.name
-    return f"{text} It reaches a VQA accuracy of {best.accuracy:.2%} on {best.count:,} questions of {where} (step {best.step})."
+    figure = f"a VQA accuracy of {best.accuracy:.2%} on {best.count:,} questions of {where}, which also chose it"
+    return f"{text} These are the weights of step {best.step}, its best evaluation: {figure}."
 
 
 def _prompt(plan: Plan) -> str:
@@ -81,7 +83,7 @@ def _usage(plan: Plan) -> str:
 
 
 def _data(plan: Plan) -> str:
-    lines = [f"- training: {_split(plan.train)}, of which {len(plan.train.preflight.bad)} rows were left out as unusable"]
+    lines = [f"- training: {_split(plan.train)}; {len(plan.train.preflight.bad)} rows could not be used"]
     if plan.cut_answers:
         lines.append(f"- {plan.cut_answers} answers were cut to {plan.config.max_answer_tokens} tokens")
     if plan.evaluation is None:
@@ -89,15 +91,15 @@ def _data(plan: Plan) -> str:
     else:
         lines.append(f"- evaluation: {_split(plan.evaluation)}")
     if plan.config.holdout:
-        lines.append(f"- the evaluation pictures are {plan.config.holdout:.1%} of the data, and none of them was trained on")
+        lines.append(f"- {plan.config.holdout:.1%} of the pictures were kept for evaluation, and none of them was trained on")
     return "\n".join(lines)
 
 
 def _split(split: Split) -> str:
-    return f"{len(split.rows):,} questions of {split.dataset.name} ({len(split.dataset):,} rows)"
+    return f"{len(split.rows):,} of the {len(split.dataset):,} rows of {split.dataset.name}"
 
 
-def _hyperparameters(plan: Plan, world: int) -> str:
+def _hyperparameters(plan: Plan, world: int, stopped_at: int | None) -> str:
     c = plan.config
     rows: dict[str, Any] = {
         "learning_rate": c.learning_rate,
@@ -107,16 +109,17 @@ def _hyperparameters(plan: Plan, world: int) -> str:
         **({"distributed_type": "multi-process", "num_processes": world} if world > 1 else {}),
         "gradient_accumulation_steps": c.accumulation,
         "total_train_batch_size": plan.per_step,
-        "optimizer": f"Adam with betas=({c.adam_beta1:g},{c.adam_beta2:g}) and epsilon={c.adam_epsilon:g}",
+        "optimizer": f"{'AdamW' if c.weight_decay else 'Adam'} with betas=({c.adam_beta1:g},{c.adam_beta2:g}) and epsilon={c.adam_epsilon:g}",
         "weight_decay": c.weight_decay,
         "max_grad_norm": c.clip_norm,
         "lr_scheduler_type": c.schedule,
         "lr_scheduler_warmup_steps": c.warmup_steps or round(c.warmup_fraction * plan.steps),
         "num_epochs": round(plan.steps * plan.per_step / len(plan.train.rows), 4) if c.max_steps else c.epochs,
-        "num_steps": plan.steps,
+        "num_steps": f"{stopped_at} of {plan.steps}, stopped early" if stopped_at else plan.steps,
         "mixed_precision": c.precision,
         "method": c.method,
-        "frozen": c.freeze or ("vision,projector, language except adapters" if c.method != "full" else "nothing"),
+        "frozen": "everything but the adapters" if c.method != "full" else c.freeze or "nothing",
+        **({"base_quantization": "nf4, double quantization"} if c.method == "qlora" else {}),
         **(
             {"lora_rank": c.lora_rank, "lora_alpha": c.lora_alpha, "lora_dropout": c.lora_dropout} if c.method != "full" else {}
         ),

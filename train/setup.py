@@ -118,7 +118,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     flags = torch.cpu.get_capabilities()
     return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
 
@@ -167,7 +167,7 @@ def build(config: TrainConfig, base: Base, *, on_meta: bool = False, sparse_embe
 def _spare_a_gradient(model: PaliGemmaForConditionalGeneration) -> None:
     """Let the embedding give a sparse gradient, which is added into the head's dense one.
 
-    A second matrix of that size (2 GB in the 3B model) is never made. Untied, it would be sparse alone, which Adam does not take.
+    A second matrix of that size (2 GB in the 3B model) is never made. Untied, it would be sparse alone, and Adam refuses that.
     """
     embedding = model.get_input_embeddings()
     if embedding.weight is model.lm_head.weight:

@@ -151,26 +151,25 @@ def load(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
         TrainError: The state is damaged, or belongs to another model.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
+    kept: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     try:
         weights: dict[str, Any] = load_file(state / "weights.safetensors")
-        kept: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for key, tensor in load_file(state / "optimizer.safetensors").items():
             name, what = key.rsplit(_SEPARATOR, 1)
             kept[name][what] = tensor
         rng = load_file(state / "random.safetensors")
-        if set(weights) != set(_trainable_names(model)):
-            raise TrainError(f"{state} belongs to another model: its weights have other names")
-        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
-        settings: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
-        set_optimizer_state_dict(model, optimizer, settings | {"state": dict(kept)}, options=_WHOLE)
-        if _RNG.format(rank) in rng:
-            torch.set_rng_state(rng[_RNG.format(rank)])
-        if _CUDA_RNG.format(rank) in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng[_CUDA_RNG.format(rank)])
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, TrainError):
-            raise
+    except (OSError, SafetensorError, ValueError) as error:
         raise TrainError(f"{state} is damaged: remove it to start again") from error
+    if set(weights) != set(_trainable_names(model)):
+        raise TrainError(f"{state} belongs to another model: its weights have other names")
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    # of this process: only the groups are used, and a gathered whole would exist in the first process alone
+    settings: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(model, optimizer, settings | {"state": dict(kept)}, options=_WHOLE)
+    if _RNG.format(rank) in rng:
+        torch.set_rng_state(rng[_RNG.format(rank)])
+    if _CUDA_RNG.format(rank) in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng[_CUDA_RNG.format(rank)])
 
 
 def _trainable_names(model: nn.Module) -> list[str]:

@@ -71,10 +71,13 @@ class Trainer:
         self.since_best = 0
         found = state.newest(out / STATES)
         cursor = state.read_cursor(found) if found else None
+        if len(set(processes.gather([cursor.step if cursor else 0]))) > 1:
+            raise TrainError(f"not all processes see the same state in {out}: it has to lie on a disk that they share")
         if cursor:
             state.check(cursor, cursor_of(plan, processes.world), out)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # adapters start the same in all processes
         self.trainee: Trainee = build(config, plan.base, sparse_embedding=processes.world == 1)
+        torch.manual_seed(config.seed + processes.rank)  # dropout differs
         hf = plan.base.config
         special = {
             "image_token_id": hf.image_token_id,
@@ -123,14 +126,15 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and its state saved.
         """
         loss: float | None = None
-        steps = self.plan.steps
+        steps, self._step_began = self.plan.steps, time.perf_counter()
         self.model.train()
         try:
             with StopRequest(self.processes.world == 1) as stop:
                 for passes in self._batches.steps(steps if self._out_of_patience() else self.step, steps):
                     loss = self._step(passes)
                     if stop.signal is not None:
-                        self._save()
+                        if self._saved != self.step:
+                            self._save()
                         raise KeyboardInterrupt
                     if self._out_of_patience():
                         break
@@ -145,24 +149,25 @@ class Trainer:
             self._name_unreadable()
             if self.log:
                 self.log.close()
-        if self.best is None:
+        if self.best is None or not (self.out / CHECKPOINT).exists():
             self._write_checkpoint()
         else:
-            renew_card(self.out / CHECKPOINT, self.plan, self.trainee, self.processes)
+            renew_card(self.out / CHECKPOINT, self.plan, self.trainee, self.processes, self.step)
         accuracy, _, step = self.best or (None, None, self.step)
         result = {"steps": self.step, "loss": loss, "accuracy": accuracy, "checkpoint_step": step}
         return result | {"stopped_early": self.step < steps}
 
     def _step(self, passes: list[MicroBatch]) -> float:
         """Do a step and all that is due after it; return its loss."""
-        start = time.perf_counter()
         loss, norm, lr = self._train(passes)
         self.step += 1
-        self._log_step(loss, norm, lr, time.perf_counter() - start)
+        # waiting for the batch counts, evaluating and saving do not
+        self._log_step(loss, norm, lr, time.perf_counter() - self._step_began)
         if self.step in self._evaluation_steps():
             self._evaluate()
         if self.step % self.plan.config.save_every == 0 or self.step == self.plan.steps or self._out_of_patience():
             self._save()
+        self._step_began = time.perf_counter()
         return loss
 
     def _out_of_patience(self) -> bool:
@@ -187,15 +192,16 @@ class Trainer:
     def _train(self, passes: list[MicroBatch]) -> tuple[float, float, float]:
         """Do one optimizer step; return its loss, the norm of its gradients, and its learning rate."""
         config, world = self.plan.config, self.processes.world
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for number, micro in enumerate(passes):
             with gradients_stay(self.model, number + 1 < len(passes)):
+                tensors, weights = self._tensors(micro), torch.from_numpy(micro.weights).to(self.processes.device)
                 with self._autocast():
-                    losses = self.model(**self._tensors(micro))  # [A]
-                loss = (losses * torch.from_numpy(micro.weights).to(losses.device)).sum()
+                    losses = self.model(**tensors)  # [A]
+                loss = (losses * weights).sum()
                 # DDP and FSDP take the mean over processes; the weights already are shares of the whole step
                 (loss * world).backward()
-            total += loss.detach().double().cpu()
+            total += loss.detach().double()
         value = float(self.processes.sum(total))
         whole: Any = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
         norm = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)  # sharded: each process has a part
@@ -236,7 +242,8 @@ class Trainer:
         assert self._validation is not None
         start = time.perf_counter()
         with self._autocast():
-            loss, score = self._validation.run(self.model, self.on_progress)
+            # sharded, each process has answered everything itself
+            loss, score = self.processes.of_first(self._validation.run(self.model, self.on_progress))
         assert score.overall is not None
         evaluated = Evaluated(
             step=self.step,
@@ -253,8 +260,8 @@ class Trainer:
         self.since_best += 1
         # of two with the same accuracy the one that is surer of the right answers
         if self.best is None or (evaluated.accuracy, -loss) > (self.best[0], -self.best[1]):
-            self.best, self.since_best = [evaluated.accuracy, loss, self.step], 0
             self._write_checkpoint()
+            self.best, self.since_best = [evaluated.accuracy, loss, self.step], 0
         message = f"accuracy {evaluated.accuracy:.2%}, best {self.best[0]:.2%}"
         self.on_progress("evaluated", self.step, self.plan.steps, message)
 
@@ -283,7 +290,7 @@ class Trainer:
         config, base = self.plan.config, self.plan.base
         if not config.feature_cache:
             return None
-        key = json.dumps([asdict(base.image), config.precision, config.attention])
+        key = json.dumps([asdict(base.image), config.precision, config.attention, self.processes.device.type])
         self.trainee.answer_model.to(self.processes.device)
         return FeatureCache(Path(config.feature_cache), self.trainee.model.model.vision_tower, key)
 
