@@ -174,7 +174,7 @@ def test_bad_rows_are_refused_before_the_first_step_or_skipped(
     assert json.loads(command(capsys, *given, *SMALL, "--skip-bad")[0])["steps"] == 3
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
     assert "training: 2 questions of" in card
-    assert "1 rows were left out as unusable" in card
+    assert "1 rows could not be used" in card
 
 
 def test_long_answers_are_cut_only_with_a_flag_and_counted(

@@ -87,9 +87,7 @@ class TrainConfig:
 
     eval_batch_size: int = _value(8, "Rows per pass while evaluating.", low=1, free=True)
     evaluations: int = _value(4, "Evaluations, evenly spread, the last one at the end; 0: none.", low=0, free=True)
-    patience: int = _value(
-        0, "Stop after so many evaluations without a better accuracy, or a lower loss at the same; 0: never.", low=0, free=True
-    )
+    patience: int = _value(0, "Stop after so many evaluations that were not the best; 0: never.", low=0, free=True)
     max_new_tokens: int = _value(32, "Longest answer while evaluating.", low=1, free=True)
 
     tower_steps: int = _value(1100, "With --model tiny: steps of its vision tower alone.", low=1)

@@ -100,7 +100,7 @@ def _split(split: Split) -> str:
 
 
 def _hyperparameters(plan: Plan, world: int, stopped_at: int | None) -> str:
-    c = plan.config
+    c, name = plan.config, "AdamW" if plan.config.weight_decay else "Adam"
     rows: dict[str, Any] = {
         "learning_rate": c.learning_rate,
         "train_batch_size": c.batch_size,
@@ -109,7 +109,7 @@ def _hyperparameters(plan: Plan, world: int, stopped_at: int | None) -> str:
         **({"distributed_type": "multi-process", "num_processes": world} if world > 1 else {}),
         "gradient_accumulation_steps": c.accumulation,
         "total_train_batch_size": plan.per_step,
-        "optimizer": f"{'AdamW' if c.weight_decay else 'Adam'} with betas=({c.adam_beta1:g},{c.adam_beta2:g}) and epsilon={c.adam_epsilon:g}",
+        "optimizer": f"{name} with betas=({c.adam_beta1:g},{c.adam_beta2:g}) and epsilon={c.adam_epsilon:g}",
         "weight_decay": c.weight_decay,
         "max_grad_norm": c.clip_norm,
         "lr_scheduler_type": c.schedule,
