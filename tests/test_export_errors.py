@@ -22,7 +22,7 @@ from pgfast.export.plan import ExportOptions
 from safetensors.numpy import load_file, save_file
 
 import pgfast
-from pgfast.errors import BundleError, ExportError, MissingDependencyError, PgfastError, WeightMismatchError
+from pgfast.errors import BundleError, ExportError, InputError, MissingDependencyError, PgfastError, WeightMismatchError
 
 Tensors = dict[str, np.ndarray]
 
@@ -196,9 +196,16 @@ def test_weights_beyond_fp16_are_refused(copy: Path) -> None:
     refused(copy, ExportError, "fp16's range", precision="fp16")
 
 
-@pytest.mark.parametrize("options", [{"precision": "fp12"}, {"target": "tpu"}, {"answer_template": "answer en"}])
+@pytest.mark.parametrize("options", [{"precision": "fp12"}, {"target": "tpu"}])
 def test_unknown_options_are_refused(copy: Path, options: dict[str, str]) -> None:
-    refused(copy, ExportError, "choose one of|answer template", **options)
+    refused(copy, ExportError, "choose one of", **options)
+
+
+def test_templates_are_refused(copy: Path) -> None:
+    """One without a place for the question, and one that contradicts what the checkpoint was trained with."""
+    refused(copy, InputError, "answer template", answer_template="answer en")
+    (copy / "pgfast_prompts.json").write_text('{"answer": "answer {text}"}')
+    refused(copy, InputError, "leave --answer-template out", answer_template="answer {language} {text}")
 
 
 def test_nan_in_weights_names_the_tensor(copy: Path) -> None:

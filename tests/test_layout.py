@@ -145,7 +145,7 @@ def test_every_error_is_a_pgfast_error_and_says_what_to_install() -> None:
 
 @pytest.mark.parametrize(("command", "module", "extra"), [("export", "onnxscript", "export"), ("train", "torch", "train")])
 def test_a_missing_extra_says_what_to_install(command: str, module: str, extra: str) -> None:
-    args = {"export": ["export", "a", "b"], "train": ["train", "tiny", "/nonexistent/out"]}[command]
+    args = {"export": ["export", "a", "b"], "train": ["train", "--preset", "tiny", "--out", "/nonexistent/out"]}[command]
     code = f"import sys\nsys.modules[{module!r}] = None\nfrom pgfast.cli import main\nmain({args!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2

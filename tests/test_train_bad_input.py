@@ -173,7 +173,7 @@ def test_bad_rows_are_refused_before_the_first_step_or_skipped(
     assert [(r["row"], message in r["reason"]) for r in report] == [(1, True)]
     assert json.loads(command(capsys, *given, *SMALL, "--skip-bad")[0])["steps"] == 3
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
-    assert "training: 2 questions of" in card
+    assert "training: 2 of the " in card
     assert "1 rows could not be used" in card
 
 
@@ -223,7 +223,7 @@ def test_fp16_is_refused(checkpoint: Path, data: Path, tmp_path: Path, capsys: p
     with pytest.raises(SystemExit) as caught:
         main(["train", *words(checkpoint, data, tmp_path / "run"), "--precision", "fp16"])
     assert caught.value.code == 2
-    assert "'fp16' is not one of 'auto', 'bf16', 'fp32'" in capsys.readouterr().err
+    assert "--precision is 'fp16': one of auto, bf16, fp32" in capsys.readouterr().err
 
 
 def test_folders_that_cannot_be_written(

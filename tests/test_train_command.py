@@ -136,8 +136,8 @@ def test_the_card_says_everything(checkpoint: Path, data: Path, tmp_path: Path, 
     text = "\n".join(lines)
     assert f"of {checkpoint.name} on" in text
     assert "`answer {text}`" in text
-    assert "training: 30 questions" in text
-    assert "evaluation: 12 questions" in text
+    assert "training: 30 of the 30 rows" in text
+    assert "evaluation: 12 of the 12 rows" in text
     # one line per evaluation, the best one's checkpoint not being the last
     head = lines.index("| Training Loss | Epoch | Step | Validation Loss | VQA Accuracy |")
     for line, e in zip(lines[head + 2 : head + 6], evaluations(out), strict=True):
@@ -233,7 +233,7 @@ def test_qlora_keeps_a_four_bit_base(
 
     made: list[Any] = []
     build = trainer.build
-    monkeypatch.setattr(trainer, "build", lambda *args: made.append(build(*args)) or made[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(trainer, "build", lambda *args, **how: made.append(build(*args, **how)) or made[-1])  # type: ignore[func-returns-value]
     fast = ("--learning-rate", "1e-2", "--max-steps", "20", "--precision", "fp32")
     train(capsys, "qlora", checkpoint, data, tmp_path / "run", *fast)
     four_bit = {name for name, p in made[0].model.named_parameters() if type(p).__name__ == "Params4bit"}

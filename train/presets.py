@@ -10,7 +10,7 @@ from .config import TrainConfig
 
 # The card of the PaliGemma fine-tune on VQAv2 that this project started from, and the notebook behind it
 # (May 2024: prefix "answer ", vision tower and projector frozen; transformers' Trainer clips gradients at 1). Two things differ
-# on purpose: fp32 masters instead of pure bf16 weights, in which most updates round away, and steps that run through the epochs.
+# on purpose: fp32 masters instead of pure bf16 weights, in which most updates round away, and steps that run across epochs.
 _SEED = {
     "model": "google/paligemma-3b-pt-224",
     "method": "full",
@@ -30,7 +30,7 @@ _SEED = {
 }
 
 # big_vision, configs/proj/paligemma/transfers/vqav2.py, "simple recipe" of arXiv 2407.07726: no weight decay (their best run at
-# 224 pixels has 1e-6, which big_vision does not multiply by the learning rate, on the vision tower's matrices; at 448 it has none)
+# 224 pixels has 1e-6 on the vision tower's matrices, which big_vision does not multiply by the learning rate)
 _BV = {
     "model": "google/paligemma-3b-pt-224",
     "method": "full",

@@ -37,16 +37,16 @@ class RunLog:
     Args:
         out: The run's folder: `steps.csv`, `evaluations.jsonl`, `tensorboard/`.
         step: Steps done before.
+        evaluated: Step of the last evaluation before.
     """
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int, evaluated: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._steps, self._evaluations = out / "steps.csv", out / "evaluations.jsonl"
         kept = [row for row in _read_csv(self._steps) if int(row["step"]) <= step]
-        self.evaluations = [e for e in read_evaluations(out) if e.step <= step]
-        last = self.evaluations[-1].step if self.evaluations else 0
-        self._since = [float(row["loss"]) for row in kept if int(row["step"]) > last]
+        self.evaluations = [e for e in read_evaluations(out) if e.step <= evaluated]
+        self._since = [float(row["loss"]) for row in kept if int(row["step"]) > evaluated]
         try:
             self._file = self._steps.open("w", newline="")
             self._csv = csv.DictWriter(self._file, STEP_COLUMNS)

@@ -56,6 +56,8 @@ class Cursor:
     """Accuracy, loss and step of the checkpoint's evaluation."""
     since_best: int
     """Evaluations since then."""
+    evaluated: int
+    """Step of the last evaluation."""
 
 
 def save(folder: Path, cursor: Cursor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -46,6 +46,7 @@ def cursor_of(plan: Plan, world: int) -> state.Cursor:
         world=world,
         best=None,
         since_best=0,
+        evaluated=0,
     )
 
 
@@ -68,7 +69,7 @@ class Trainer:
         self.step = 0
         self.best: list[float] | None = None
         """Accuracy, loss and step of the checkpoint's evaluation."""
-        self.since_best = 0
+        self.since_best = self.evaluated = 0
         found = state.newest(out / STATES)
         cursor = state.read_cursor(found) if found else None
         if len(set(processes.gather([cursor.step if cursor else 0]))) > 1:
@@ -110,9 +111,10 @@ class Trainer:
         if found and cursor:
             state.load(found, self.model, self.optimizer)
             self.step, self.best, self.since_best = cursor.step, cursor.best, cursor.since_best
+            self.evaluated = cursor.evaluated
             on_progress("continuing", self.step, plan.steps, "")
         self._saved = self.step
-        self.log = RunLog(out, self.step) if processes.is_main else None
+        self.log = RunLog(out, self.step, self.evaluated) if processes.is_main else None
 
     def run(self) -> dict[str, Any]:
         """Train what is left and write the checkpoint.
@@ -130,6 +132,9 @@ class Trainer:
         self.model.train()
         try:
             with StopRequest(self.processes.world == 1) as stop:
+                if self._is_evaluation_due():  # a broken picture may have ended the last one
+                    self._evaluate()
+                    self._save()
                 for passes in self._batches.steps(steps if self._out_of_patience() else self.step, steps):
                     loss = self._step(passes)
                     if stop.signal is not None:
@@ -163,7 +168,7 @@ class Trainer:
         self.step += 1
         # waiting for the batch counts, evaluating and saving do not
         self._log_step(loss, norm, lr, time.perf_counter() - self._step_began)
-        if self.step in self._evaluation_steps():
+        if self._is_evaluation_due():
             self._evaluate()
         if self.step % self.plan.config.save_every == 0 or self.step == self.plan.steps or self._out_of_patience():
             self._save()
@@ -183,11 +188,11 @@ class Trainer:
             for row, reason in self._batches.unreadable.items():
                 file.write(json.dumps({"row": row, "id": record(row).id, "reason": reason}) + "\n")
 
-    def _evaluation_steps(self) -> set[int]:
-        if self._validation is None:
-            return set()
+    def _is_evaluation_due(self) -> bool:
+        if self._validation is None or self.evaluated == self.step:
+            return False
         count = self.plan.config.evaluations
-        return {max(1, round(self.plan.steps * (i + 1) / count)) for i in range(count)}
+        return self.step in {max(1, round(self.plan.steps * (i + 1) / count)) for i in range(count)}
 
     def _train(self, passes: list[MicroBatch]) -> tuple[float, float, float]:
         """Do one optimizer step; return its loss, the norm of its gradients, and its learning rate."""
@@ -257,6 +262,7 @@ class Trainer:
         )
         if self.log:
             self.log.evaluation(evaluated)
+        self.evaluated = self.step
         self.since_best += 1
         # of two with the same accuracy the one that is surer of the right answers
         if self.best is None or (evaluated.accuracy, -loss) > (self.best[0], -self.best[1]):
@@ -279,7 +285,8 @@ class Trainer:
         if self.log:
             self.log.flush()
         start = cursor_of(self.plan, self.processes.world)
-        cursor = dataclasses.replace(start, step=self.step, best=self.best, since_best=self.since_best)
+        now: dict[str, Any] = {"step": self.step, "since_best": self.since_best, "evaluated": self.evaluated}
+        cursor = dataclasses.replace(start, best=self.best, **now)
         state.save(self.out / STATES, cursor, self.model, self.optimizer)
         self._saved = self.step
 
