@@ -118,6 +118,7 @@ def _reckoned(plan: Plan, e: Estimate) -> str:
         "optimizer": e.optimizer,
         "activations": e.activations,
         "logits": e.logits,
+        "temporaries": e.temporaries,
     }
     lines = [f"memory, reckoned for one process: {e.total / gb:.2f} GB"]
     lines.append("  " + ", ".join(f"{name} {value / gb:.2f}" for name, value in rows.items()))

@@ -11,6 +11,9 @@ from .distributed import Processes
 from .plan import Plan
 from .sequence import Example
 
+PROCESS = 450_000_000
+"""Python, torch and transformers, loaded; measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -21,6 +24,8 @@ class Estimate:
     optimizer: int
     activations: int
     logits: int
+    temporaries: int
+    """The head's gradient of one pass before it is added to the others, its sum with the embedding's; the process itself."""
     flops_per_step: float
     flops_per_second: float
     """Measured: one matrix product in the run's arithmetic."""
@@ -28,7 +33,8 @@ class Estimate:
     @property
     def total(self) -> int:
         """All of it together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        kept = self.weights + self.gradients + self.optimizer
+        return kept + self.activations + self.logits + self.temporaries
 
     @property
     def seconds_per_step(self) -> float:
@@ -49,6 +55,7 @@ def estimate(plan: Plan, counts: dict[str, tuple[int, int]], examples: list[Exam
     half = c.precision == "bf16"
     trainable = sum(t for t, _ in counts.values())
     total = sum(a for _, a in counts.values())
+    trained_towers = [tower for tower, (some, _) in counts.items() if some and c.method == "full"]
     rows, image = c.batch_size, plan.base.num_image_tokens
     length = image + max(len(e.prefix) + len(e.suffix) for e in examples)
     answer_tokens = sum(len(e.suffix) for e in examples)
@@ -75,6 +82,7 @@ def estimate(plan: Plan, counts: dict[str, tuple[int, int]], examples: list[Exam
         optimizer=trainable * 8 // shards,
         activations=activations,
         logits=answer_tokens * text.vocab_size * 4 * 3,  # logits, log-softmax, their gradient
+        temporaries=PROCESS + (2 * text.vocab_size * text.hidden_size * 4 if "language" in trained_towers else 0),
         flops_per_step=_flops(plan, rows * length, rows * image, answer_tokens) * c.accumulation,
         flops_per_second=_measure(processes.device, torch.bfloat16 if half else torch.float32),
     )
