@@ -182,6 +182,17 @@ def test_frozen_towers_do_not_change(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_trainable_parameters_are_printed_per_tower(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 8 beside each of seven matrices in each of two layers: 8 * (in + out)."""
+    words = ("--preset", "lora", "--model", str(checkpoint), "--data", str(data), "--out", str(tmp_path / "run"), *SMALL)
+    _, shown = command(capsys, *words, "--max-steps", "1")
+    hidden, heads, kv, inner = 48, 64, 32, 72
+    ins_and_outs = 2 * (hidden + heads) + 2 * (hidden + kv) + 3 * (hidden + inner)
+    assert f"vision 0, projector 0, language {2 * 8 * ins_and_outs:,}" in shown
+
+
 def test_lora_then_export_then_answer(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The prompt of the run arrives in the bundle, and the bundle answers as transformers with PEFT does."""
     import peft

@@ -20,6 +20,7 @@ from .presets import PRESETS, resolve
 
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal."""
+ALWAYS_SHOWN = ("trainable parameters", "continuing", "evaluated")
 
 
 def _values(command: Any) -> Any:
@@ -106,6 +107,6 @@ class _Bars:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bar.add_task(stage, total=total, message="")
             self._bar.update(self._tasks[stage], completed=done, total=total, message=message)
-        elif done == total or stage == "evaluated" or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
+        elif done == total or stage in ALWAYS_SHOWN or time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             print(f"{stage} {done}/{total} {message}".rstrip(), file=sys.stderr, flush=True)

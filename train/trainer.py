@@ -18,7 +18,7 @@ from torch import nn
 
 from pgfast.errors import ImageError, TrainError
 
-from . import schedule, state
+from . import bad_rows, schedule, state
 from .answer_model import batch_tensors
 from .batches import BatchMaker, MicroBatch
 from .checkpoint import renew_card, write_checkpoint
@@ -28,7 +28,7 @@ from .interruption import StopRequest
 from .pictures import Pictures
 from .plan import Plan, Progress
 from .run_log import Evaluated, RunLog
-from .setup import Trainee, build
+from .setup import Trainee, build, count_parameters
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,9 @@ class Trainer:
         torch.manual_seed(config.seed)  # adapters start the same in all processes
         self.trainee: Trainee = build(config, plan.base, sparse_embedding=processes.world == 1)
         torch.manual_seed(config.seed + processes.rank)  # dropout differs
+        counts = count_parameters(self.trainee.answer_model)
+        each = ", ".join(f"{tower} {trainable:,}" for tower, (trainable, _) in counts.items())
+        on_progress("trainable parameters", sum(t for t, _ in counts.values()), sum(a for _, a in counts.values()), each)
         hf = plan.base.config
         special = {
             "image_token_id": hf.image_token_id,
@@ -151,7 +154,7 @@ class Trainer:
             raise
         finally:
             self._batches.close()
-            self._name_unreadable()
+            bad_rows.name_unreadable(self.plan, self.out, self.processes.rank, self._batches.unreadable)
             if self.log:
                 self.log.close()
         if self.best is None or not (self.out / CHECKPOINT).exists():
@@ -179,15 +182,6 @@ class Trainer:
         patience = self.plan.config.patience
         return bool(patience) and self.since_best >= patience
 
-    def _name_unreadable(self) -> None:
-        """Add the rows whose picture turned out to be broken to a report."""
-        if not self._batches.unreadable:
-            return
-        record = self.plan.train.dataset.record
-        with (self.out / f"unreadable-rows-process-{self.processes.rank}.jsonl").open("a") as file:
-            for row, reason in self._batches.unreadable.items():
-                file.write(json.dumps({"row": row, "id": record(row).id, "reason": reason}) + "\n")
-
     def _is_evaluation_due(self) -> bool:
         if self._validation is None or self.evaluated == self.step:
             return False
@@ -211,7 +205,7 @@ class Trainer:
         whole: Any = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
         norm = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)  # sharded: each process has a part
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise TrainError(self._keep_bad_batch(passes, value, norm))
+            raise TrainError(self._not_a_number(passes, value, norm))
         warmup = config.warmup_steps or round(config.warmup_fraction * self.plan.steps)
         lr = config.learning_rate * schedule.factor(self.step, self.plan.steps, kind=config.schedule, warmup=warmup)
         schedule.set_learning_rate(self.optimizer, lr)
@@ -301,23 +295,11 @@ class Trainer:
         self.trainee.answer_model.to(self.processes.device)
         return FeatureCache(Path(config.feature_cache), self.trainee.model.model.vision_tower, key)
 
-    def _keep_bad_batch(self, passes: list[MicroBatch], loss: float, norm: float) -> str:
-        """Write the rows of a step whose loss is not a number; return what to tell."""
+    def _not_a_number(self, passes: list[MicroBatch], loss: float, norm: float) -> str:
+        """Keep the batch of a step whose loss is not a number; return what to tell."""
         file = self.out / f"bad-batch-step-{self.step + 1}-process-{self.processes.rank}.json"
-        dataset, tokenizer = self.plan.train.dataset, self.plan.base.tokenizer
-        rows = [
-            {
-                "row": int(row),
-                **{name: value for name, value in asdict(dataset.record(int(row))).items() if name != "answers"},
-                "input_ids": ids[: int(length)].tolist(),
-                "decoded": tokenizer.decode(ids[micro.batch.num_image_tokens : int(length)].tolist()),
-            }
-            for micro in passes
-            for row, ids, length in zip(micro.rows, micro.batch.input_ids, micro.batch.lengths, strict=True)
-        ]
-        file.write_text(
-            json.dumps({"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}, indent=1)
-        )
+        found = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm)}
+        bad_rows.keep_batch(self.plan, file, passes, {**found})
         what = f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}"
         kept = f", the last good state in {self.out / STATES}" if state.newest(self.out / STATES) else ""
         return f"{what}: the batch is in {file}{kept}"

@@ -70,14 +70,6 @@ def load(split: Literal["train", "test"]) -> Questions:
     return Questions(images, np.array([row_of[id] for id in ids]), list(texts), list(answers))
 
 
-def hold_out(questions: Questions, fraction: float, seed: int) -> tuple[Questions, Questions]:
-    """Split by picture into (train, validation), so that no validation picture was seen in training."""
-    count = len(questions.images)
-    held = np.zeros(count, dtype=bool)
-    held[np.random.default_rng(seed).permutation(count)[: round(fraction * count)]] = True
-    return questions.take(~held), questions.take(held)
-
-
 def kind_of(question: str, answer: str) -> str:
     """Say what a question asks, for sampling and for reports."""
     if answer not in ("yes", "no"):
