@@ -38,7 +38,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     with pytest.raises(SystemExit) as caught:
         main(["train", *args, *SMALL])
     out, err = capsys.readouterr()
-    progress = ("rows ", "pictures ", "training ", "evaluating ", "evaluated ", "row ")
+    progress = ("rows ", "pictures ", "training ", "trainable parameters ", "continuing ", "evaluating ", "evaluated ", "row ")
     lines = [line for line in err.splitlines() if not line.startswith(progress)]
     assert (caught.value.code, out) == (2, ""), err
     assert len(lines) == 1, err
