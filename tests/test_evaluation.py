@@ -24,7 +24,8 @@ from pgfast.export.plan import ExportOptions
 from pgfast.train.data.records import Record, RowError
 from pgfast.train.demo import easy_vqa_data
 from pgfast.train.evaluation import answering, report, transformers_model
-from pgfast.train.evaluation.answering import Answers, Prediction, answer_with_bundle, answer_with_checkpoint
+from pgfast.train.evaluation.answering import answer_with_bundle, answer_with_checkpoint
+from pgfast.train.evaluation.predictions import Answers, Prediction
 from pgfast.train.evaluation.report import Evaluation, worst_errors, write_report
 from pgfast.train.evaluation.scores import Group, score
 from pgfast.train.evaluation.transformers_model import TransformersModel, load_checkpoint

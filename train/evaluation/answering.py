@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from pgfast.errors import InputError
 from pgfast.types import GenerateOptions
 
 from ..data.records import Dataset, Record, RowError
+from .predictions import Answers, Asked, Prediction
 
 if TYPE_CHECKING:
     from pgfast.engine import Engine
@@ -24,29 +24,8 @@ PROMPT_THREADS = 16
 """Raw prompts asked at the same time: the places of the running batch on a CPU."""
 Progress = Callable[[int, int], None]
 """Called with (done, total) questions after every chunk."""
-Asked = tuple[int, Record]
-"""A question with its row."""
 BAD = (InputError, RowError)
 """What a row does that cannot be answered: its picture, its text, or the row itself cannot be used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a model answered."""
-
-    text: str
-    confidence: float | None
-    """Probability of exactly this text; None where the row was skipped."""
-
-
-@dataclass(slots=True)
-class Answers:
-    """Predictions for a data set."""
-
-    predictions: dict[int, Prediction] = field(default_factory=dict)
-    """By row, in the data's order; a skipped row has an empty text, one that cannot even be read has no entry."""
-    skipped: dict[int, str] = field(default_factory=dict)
-    """Row and reason."""
 
 
 def answer_with_bundle(

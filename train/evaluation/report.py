@@ -21,7 +21,7 @@ from pgfast.errors import ImageError, InputError
 from pgfast.image import ImageInput, open_image
 
 from ..data.records import Dataset, Record, RowError
-from .answering import Answers, Prediction
+from .predictions import Answers, Prediction
 from .scores import Group, Score, accuracy_of
 
 THUMBNAIL = 256

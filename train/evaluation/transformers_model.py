@@ -19,7 +19,7 @@ from pgfast.image import ImageInput, open_image, to_pixel_values
 from pgfast.manifest import ImageSpec
 from pgfast.prompt import Tokenizer, fill_template
 
-from .answering import Asked, Prediction
+from .predictions import Asked, Prediction
 
 if TYPE_CHECKING:
     import torch
