@@ -24,7 +24,9 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if self._active:
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            # what is ignored stays ignored: a job in the background must not hear the terminal's Ctrl-C
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
