@@ -181,7 +181,6 @@ def test_frozen_towers_do_not_change(
     assert changed_towers(checkpoint, tmp_path / "run" / "checkpoint") == trained
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_trainable_parameters_are_printed_per_tower(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +192,7 @@ def test_trainable_parameters_are_printed_per_tower(
     assert f"vision 0, projector 0, language {2 * 8 * ins_and_outs:,}" in shown
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_lora_then_export_then_answer(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The prompt of the run arrives in the bundle, and the bundle answers as transformers with PEFT does."""
     import peft
