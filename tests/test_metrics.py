@@ -15,7 +15,7 @@ from pgfast import metrics
 from pgfast.errors import InputError
 from pgfast.metrics import normalize_answer, vqa_accuracy
 
-# what vqaEval.py of GT-Vision-Lab/VQA gave for each text
+# what vqaEval.py of GT-Vision-Lab/VQA gave for each text; from the comment further down on by its rules, not run through it
 NORMALISED = {
     "The cat.": "cat",
     "a dog": "dog",
