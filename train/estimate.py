@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -93,11 +94,10 @@ def _layer_activations(rows: int, length: int, hidden: int, intermediate: int, h
     return rows * length * (8 * hidden + 4 * intermediate) * width + rows * heads * length * 4
 
 
-def _matrices(text: object) -> int:
-    """Weights in the matrices of all language layers."""
-    t = text
-    attention = t.hidden_size * t.head_dim * (2 * t.num_attention_heads + 2 * t.num_key_value_heads)  # type: ignore[attr-defined]
-    return int(t.num_hidden_layers * (attention + 3 * t.hidden_size * t.intermediate_size))  # type: ignore[attr-defined]
+def _matrices(t: Any) -> int:
+    """Weights in the matrices of all layers of transformers' text configuration."""
+    attention = t.hidden_size * t.head_dim * (2 * t.num_attention_heads + 2 * t.num_key_value_heads)
+    return int(t.num_hidden_layers * (attention + 3 * t.hidden_size * t.intermediate_size))
 
 
 def _flops(plan: Plan, positions: int, patches: int, answer_tokens: int) -> float:

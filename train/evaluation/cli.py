@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,6 +14,8 @@ import click
 from pgfast.cli import printable
 from pgfast.errors import InputError
 from pgfast.metrics import Mode
+
+from ..cli_progress import ProgressBars
 
 if TYPE_CHECKING:
     from ..data.records import Dataset
@@ -87,14 +90,16 @@ def _evaluate(
             raise InputError(f"{model} is a bundle, which has its adapter and its template inside: leave both options out")
         import pgfast
 
-        with pgfast.load(model, provider=provider, threads=threads) as engine, _Bar() as how["on_progress"]:
+        with pgfast.load(model, provider=provider, threads=threads) as engine, ProgressBars() as on_progress:
+            how["on_progress"] = partial(on_progress, "questions")
             described, start = _describe_bundle(model, engine), time.perf_counter()
             answers = answer_with_bundle(engine, dataset, **how)
     else:
         from .transformers_model import load_checkpoint
 
         loaded = load_checkpoint(model, adapter=adapter, answer_template=answer_template, device=provider, threads=threads)
-        with _Bar() as how["on_progress"]:
+        with ProgressBars() as on_progress:
+            how["on_progress"] = partial(on_progress, "questions")
             described, start = loaded.described, time.perf_counter()
             answers = answer_with_checkpoint(loaded, dataset, **how)
     seconds = time.perf_counter() - start
@@ -161,28 +166,3 @@ def _table(summary: dict[str, Any]) -> str:
 def _first(summary: dict[str, Any]) -> str:
     first = summary["skipped_rows"][0]
     return printable(f"row {first['row']}: {first['reason']}")
-
-
-class _Bar:
-    """A progress bar on stderr, or a line per tenth when that is not a terminal."""
-
-    def __enter__(self) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._terminal, self._tenth = console.is_terminal, 0
-        columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not self._terminal)
-        self._task = self._bar.add_task("questions", total=None)
-        self._bar.start()
-        return self._update
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def _update(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-        if not self._terminal and 10 * done // total > self._tenth:
-            self._tenth = 10 * done // total
-            print(f"questions {done}/{total}", file=sys.stderr, flush=True)
