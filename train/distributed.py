@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,8 +63,10 @@ class Processes:
         return box[0]
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group, all at the same time, and after the models that hold on to it."""
         if self.world > 1 and dist.is_initialized():
+            gc.collect()
+            dist.barrier()
             dist.destroy_process_group()
 
 
@@ -87,7 +91,10 @@ def wrap(model: AnswerModel, processes: Processes, *, shard: bool) -> nn.Module:
     if not shard:
         devices = [processes.device] if processes.device.type == "cuda" else None
         # buffers are constants, and a process without rows to evaluate would miss their broadcast
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # older torch
+        settings: dict[str, Any] = {name: False}
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **settings)
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
