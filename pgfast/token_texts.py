@@ -43,7 +43,7 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: Tokenizer, whole: str | None = None) -> None:
-        self._tokenizer, self._whole = tokenizer, whole
+        self._tokenizer, self.whole = tokenizer, whole
         self._ids: list[int] = []
         self._text = ""
         self._open: list[int] = []
@@ -62,8 +62,8 @@ class TokenTexts:
         self._ids.append(id)
         # all of them: a token's text depends on those before it (spaces, bytes of one character)
         text = self._tokenizer.decode(self._ids)
-        if self._whole is not None:
-            text = os.path.commonprefix([text, self._whole])
+        if self.whole is not None:
+            text = os.path.commonprefix([text, self.whole])
         start, settled = len(self._text), self._open
         if len(text) <= start or not text.startswith(self._text):
             return []
