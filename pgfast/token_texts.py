@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,8 +61,8 @@ class TokenTexts:
         self._ids.append(id)
         # all of them: a token's text depends on those before it (spaces, bytes of one character)
         text = self._tokenizer.decode(self._ids)
-        if self.whole is not None:
-            text = os.path.commonprefix([text, self.whole])
+        while self.whole is not None and not self.whole.startswith(text):
+            text = text[:-1]
         start, settled = len(self._text), self._open
         if len(text) <= start or not text.startswith(self._text):
             return []

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
-from . import answer_api, health
+from . import answer_api, chat_api, health
 from .config import ServerConfig
 from .http_errors import HANDLERS
 from .service import AnswerService
 
 if TYPE_CHECKING:
-    from .interim import Engine
+    from pgfast.engine import Engine
 
 
 def build_app(engine: Engine, config: ServerConfig) -> Starlette:
@@ -26,5 +26,6 @@ def build_app(engine: Engine, config: ServerConfig) -> Starlette:
     routes = [
         *health.routes(service, config),
         *answer_api.routes(service, config),
+        *chat_api.routes(service, config),
     ]
     return Starlette(routes=routes, exception_handlers=HANDLERS)

@@ -66,9 +66,11 @@ class ImageUrl(_Strict):
     """Where the picture is."""
 
     url: str = Field(
-        description="A data URI (`data:image/png;base64,...`), or an https URL on a host that the server allows (none by default)."
+        description="A data URI (`data:image/png;base64,...`), or a URL on a host that the server allows (none by default)."
     )
-    detail: Literal["auto", "low", "high", "original"] = Field("auto", description="Ignored: the model has one resolution.")
+    detail: Literal["auto", "low", "high", "original"] = Field(
+        default="auto", description="Ignored: the model has one resolution."
+    )
 
 
 class ImagePart(_Strict):
@@ -111,7 +113,7 @@ class UserMessage(_Strict):
         AfterValidator(_check_parts),
         BeforeValidator(_check_content),
     ] = Field(json_schema_extra={"minItems": 2, "maxItems": 2})
-    name: str | None = Field(None, description="Ignored.")
+    name: str | None = Field(default=None, description="Ignored.")
 
 
 def _check_messages(messages: Any) -> Any:
@@ -135,8 +137,8 @@ def _check_stop(stop: Any) -> Any:
 class StreamOptions(_Strict):
     """What a stream holds besides the answer."""
 
-    include_usage: bool | None = Field(None, description="End with a chunk that has `usage` and no choices.")
-    include_obfuscation: bool | None = Field(None, description="Ignored: nothing is padded.")
+    include_usage: bool | None = Field(default=None, description="End with a chunk that has `usage` and no choices.")
+    include_obfuscation: bool | None = Field(default=None, description="Ignored: nothing is padded.")
 
 
 _NO_TOOLS = "this model cannot call tools"
@@ -151,28 +153,35 @@ class ChatRequest(_Strict):
         json_schema_extra={"minItems": 1, "maxItems": 1}
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="Upper bound on generated tokens; the model's own limit holds where this is larger."
+        default=None, ge=1, description="Upper bound on generated tokens; the model's own limit holds where this is larger."
     )
-    max_tokens: int | None = Field(None, ge=1, description="The older name of `max_completion_tokens`.")
+    max_tokens: int | None = Field(default=None, ge=1, description="The older name of `max_completion_tokens`.")
     temperature: float | None = Field(
-        None, ge=0, description="0 takes the most probable token each time, and is what holds without this key."
+        default=None, ge=0, description="0 takes the most probable token each time, and is what holds without this key."
     )
-    top_p: float | None = Field(None, gt=0, le=1, description="Draw only from tokens that together hold this probability.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same text.")
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="Draw only from tokens that together hold this probability."
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="The same seed gives the same text.")
     stop: Annotated[str | list[str] | None, AfterValidator(_check_stop)] = Field(
-        None, description=f"One text, or up to {MOST_STOPS}, that end the answer; they are cut off."
+        default=None, description=f"One text, or up to {MOST_STOPS}, that end the answer; they are cut off."
     )
-    stream: bool | None = Field(None, description="Send server-sent events while the answer is made.")
-    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    logprobs: bool | None = Field(None, description="Return each token with its log-probability.")
+    stream: bool | None = Field(default=None, description="Send server-sent events while the answer is made.")
+    stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")
+    logprobs: bool | None = Field(default=None, description="Return each token with its log-probability.")
 
     # beyond the official API: `extra_body` of its client
     choices: list[str] | None = Field(
-        None, min_length=1, max_length=MOST_CHOICES, description="Score exactly these answers and return the most probable one."
+        default=None,
+        min_length=1,
+        max_length=MOST_CHOICES,
+        description="Score exactly these answers and return the most probable one.",
     )
-    language: str = Field("en", description="Code that the bundle's template names.")
-    top_k: int | None = Field(None, ge=0, lt=2**31, description="Draw only from this many most probable tokens; 0: from all.")
-    raw_prompt: bool = Field(False, description="Send the text to the model as it is, without the bundle's template.")
+    language: str = Field(default="en", description="Code that the bundle's template names.")
+    top_k: int | None = Field(
+        default=None, ge=0, lt=2**31, description="Draw only from this many most probable tokens; 0: from all."
+    )
+    raw_prompt: bool = Field(default=False, description="Send the text to the model as it is, without the bundle's template.")
 
     # of the official API, where only the value that changes nothing is right
     n: Annotated[Any, _Neutral("this model gives one answer, n is 1", 1)] = None
@@ -277,7 +286,8 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"]
     confidence: float = Field(description="Probability of exactly this answer; an addition to the official API.")
     choices: dict[str, float] | None = Field(
-        None, description="With `choices` in the request: the probability of each, given that one of them is the answer."
+        default=None,
+        description="With `choices` in the request: the probability of each, given that one of them is the answer.",
     )
 
 
@@ -327,8 +337,8 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
-    confidence: float | None = Field(None, description="In the last chunk with a choice.")
-    choices: dict[str, float] | None = Field(None, description="In the last chunk with a choice.")
+    confidence: float | None = Field(default=None, description="In the last chunk with a choice.")
+    choices: dict[str, float] | None = Field(default=None, description="In the last chunk with a choice.")
 
 
 class ChatCompletionChunk(BaseModel):

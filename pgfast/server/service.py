@@ -18,7 +18,8 @@ from pgfast.types import Answer, EncodedImage, GenerateOptions
 from .config import ServerConfig
 
 if TYPE_CHECKING:
-    from .interim import Engine, Pending
+    from pgfast.engine import Engine
+    from pgfast.pending import Pending
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -88,6 +89,24 @@ class AnswerService:
             if answer.text.startswith(given) and len(answer.text) > len(given):
                 yield answer.text[len(given) :]
             yield answer
+        finally:
+            pending.cancel()
+
+    async def follow(self, ask: Ask, *, streaming: bool) -> AsyncGenerator[Pending]:
+        """Yield the question each time that it has news, at last when it is done; without `streaming` only then.
+
+        Closing the generator ends the work. Raises what `answer` raises.
+        """
+        news, done = asyncio.Event(), False
+        pending, _ = await self._submit(ask, news, streaming=streaming)
+        try:
+            while not done:
+                await news.wait()
+                news.clear()
+                done = pending.done
+                if done:
+                    pending.result(0)
+                yield pending
         finally:
             pending.cancel()
 
