@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from pgfast.pending import Pending
@@ -16,8 +17,9 @@ from .bodies import decode_picture, off_loop, parse_json, read_body
 from .chat_reply import Reply
 from .chat_schema import ChatRequest, ModelCard, ModelList
 from .config import ServerConfig
-from .http_errors import ApiError, api_error
-from .service import AnswerService, Ask, with_disconnect
+from .http_errors import ApiError
+from .service import AnswerService, Ask
+from .streams import EventStream
 
 
 def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
@@ -30,16 +32,15 @@ def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
         image_tokens = manifest.dimensions.num_image_tokens
         return Reply(asked, pending, model=card.id, fingerprint=fingerprint, image_tokens=image_tokens)
 
-    async def complete(request: Request) -> Response:
-        body = await read_body(request, config.max_body)
-        asked, ask = await off_loop(len(body), _read, body, card.id, manifest.limits.new_tokens)
+    async def complete(request: Request) -> Any:
+        asked, ask = await _read(request, service, config)
+        _check_model(asked.model, card.id)
         progress = service.follow(ask, streaming=bool(asked.stream))
-        if not asked.stream:
-            pending = await with_disconnect(request, _last(progress))
+        if asked.stream:
+            return EventStream(_events(progress, asked, reply), b"data: %b\n\n")
+        async with aclosing(progress):
+            pending = await anext(progress)
             return Response(reply(asked, pending).whole(pending.result(0)), media_type="application/json")
-        # up to the first token errors have a status of their own
-        pending = await with_disconnect(request, anext(progress))
-        return StreamingResponse(_events(reply(asked, pending), pending, progress), media_type="text/event-stream")
 
     async def models(request: Request) -> Response:
         return Response(ModelList(data=[card]).model_dump_json(), media_type="application/json")
@@ -60,26 +61,32 @@ def _check_model(asked: str, model: str) -> None:
         raise ApiError(404, "model_not_found", f"the model here is {model!r}", param="model")
 
 
-def _read(body: bytes, model: str, most: int) -> tuple[ChatRequest, Ask]:
-    asked = parse_json(ChatRequest, body)
-    _check_model(asked.model, model)
-    picture = decode_picture(asked.picture_url)
-    text = {"prompt": asked.text} if asked.raw_prompt else {"question": asked.text}
+async def _read(request: Request, service: AnswerService, config: ServerConfig) -> tuple[ChatRequest, Ask]:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "unsupported_media_type", "send application/json")
+    body = await read_body(request, config.max_body)
+    asked, picture = await off_loop(len(body), _parse, body)
+    if picture is None:
+        picture = await service.fetch_picture(asked.picture_url)
     choices = None if asked.choices is None else tuple(asked.choices)
-    return asked, Ask(picture, **text, choices=choices, language=asked.language, options=asked.options(most))
+    question, prompt = (None, asked.text) if asked.raw_prompt else (asked.text, None)
+    options = asked.options(service.engine.manifest.limits.new_tokens)
+    return asked, Ask(picture, question, prompt, choices, asked.language, options)
 
 
-async def _last(progress: AsyncGenerator[Pending]) -> Pending:
-    return [pending async for pending in progress][-1]
+def _parse(body: bytes) -> tuple[ChatRequest, bytes | None]:
+    asked = parse_json(ChatRequest, body)
+    return asked, None if asked.picture_url.lower().startswith(("https:", "http:")) else decode_picture(asked.picture_url)
 
 
-async def _events(reply: Reply, pending: Pending, progress: AsyncGenerator[Pending]) -> AsyncGenerator[bytes]:
+async def _events(
+    progress: AsyncGenerator[Pending], asked: ChatRequest, reply: Callable[[ChatRequest, Pending], Reply]
+) -> AsyncGenerator[bytes]:
     async with aclosing(progress):
-        try:
-            yield reply.begin() + reply.news()
-            async for _ in progress:
-                if news := reply.news():
-                    yield news
-            yield reply.end(pending.result(0))
-        except Exception as error:  # noqa: BLE001 - the status is sent already
-            yield b"data: %b\n\n" % api_error(error).body()
+        pending = await anext(progress)
+        found = reply(asked, pending)
+        yield found.begin() + found.news()
+        async for _ in progress:
+            if news := found.news():
+                yield news
+        yield found.end(pending.result(0))
