@@ -68,7 +68,8 @@ class Pending:
     @property
     def prompt_tokens(self) -> int:
         """How many tokens the question takes: the picture's, `<bos>`, text and newline."""
-        return self._ticket.prompt_length
+        tokens: int = self._ticket.prompt_length
+        return tokens
 
     def tokens(self) -> tuple[list[int], list[float]]:
         """Return ids and natural log-probabilities so far; of choices nothing before the end, and then the best one's."""

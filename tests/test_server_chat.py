@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pgfast.prompt import cut_at_stop
 from pgfast.server.app import build_app
 from pgfast.server.chat_logprobs import tokens_of
 from pgfast.server.config import ServerConfig
+from pgfast.server.protocol import LimitedProtocol
 from pgfast.token_texts import TokenTexts
 
 PICTURE = (Path(demo_file).parent / "blue_circle.png").read_bytes()
@@ -41,8 +43,11 @@ WILD = {"temperature": 50.0, "seed": 7}
 @contextlib.contextmanager
 def serving(engine: Engine, **settings: Any) -> Iterator[str]:
     """Serve from a thread; the address to give to clients."""
+    config = ServerConfig(**settings)
+    app = build_app(engine, config)
+    protocol: Any = partial(LimitedProtocol, config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(build_app(engine, ServerConfig(**settings)), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -50,6 +55,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+            app.state.service.close()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,7 @@ def test_usage_counts_the_picture_and_every_token(client: openai.OpenAI, model: 
     usage = client.chat.completions.create(model=model, messages=messages()).usage
     assert usage is not None
     image = engine.manifest.dimensions.num_image_tokens
-    text = len(["<bos>", "answer", "en", *"what color is the shape".split(), "?", "\\n"])  # the demo's tokens are words
+    text = len(["<bos>", "answer", "en", "what", "color", "is", "the", "shape", "?", "\\n"])  # the demo's tokens are words
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (image + text, 2, image + text + 2)
     assert usage.prompt_tokens_details is not None
     assert (usage.prompt_tokens_details.image_tokens, usage.prompt_tokens_details.text_tokens) == (image, text)

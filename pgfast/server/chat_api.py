@@ -34,7 +34,6 @@ def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
 
     async def complete(request: Request) -> Any:
         asked, ask = await _read(request, service, config)
-        _check_model(asked.model, card.id)
         progress = service.follow(ask, streaming=bool(asked.stream))
         if asked.stream:
             return EventStream(_events(progress, asked, reply), b"data: %b\n\n")
@@ -66,6 +65,7 @@ async def _read(request: Request, service: AnswerService, config: ServerConfig) 
         raise ApiError(415, "unsupported_media_type", "send application/json")
     body = await read_body(request, config.max_body)
     asked, picture = await off_loop(len(body), _parse, body)
+    _check_model(asked.model, service.model)
     if picture is None:
         picture = await service.fetch_picture(asked.picture_url)
     choices = None if asked.choices is None else tuple(asked.choices)
