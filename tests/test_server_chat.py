@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import uvicorn
@@ -31,6 +32,7 @@ from pgfast.server.app import build_app
 from pgfast.server.chat_logprobs import tokens_of
 from pgfast.server.config import ServerConfig
 from pgfast.server.protocol import LimitedProtocol
+from pgfast.server.service import AnswerService
 from pgfast.token_texts import TokenTexts
 
 PICTURE = (Path(demo_file).parent / "blue_circle.png").read_bytes()
@@ -41,8 +43,8 @@ WILD = {"temperature": 50.0, "seed": 7}
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, **settings: Any) -> Iterator[str]:
-    """Serve from a thread; the address to give to clients."""
+def serving(engine: Engine, **settings: Any) -> Iterator[tuple[str, AnswerService]]:
+    """Serve from a thread; the address to give to clients, and what is behind it."""
     config = ServerConfig(**settings)
     app = build_app(engine, config)
     protocol: Any = partial(LimitedProtocol, config)
@@ -51,7 +53,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1", app.state.service
         finally:
             server.should_exit = True
             thread.join()
@@ -66,7 +68,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
-    with serving(engine) as found:
+    with serving(engine) as (found, _):
         yield found
 
 
@@ -317,7 +319,7 @@ def fresh(model: str) -> Iterator[tuple[Engine, openai.OpenAI]]:
     """A server whose engine may be held up and broken."""
     with (
         pgfast.load(provider="cpu") as engine,
-        serving(engine) as address,
+        serving(engine) as (address, _),
         openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client,
     ):
         yield engine, client
@@ -362,6 +364,129 @@ def test_leaving_a_stream_frees_its_place(fresh: tuple[Engine, openai.OpenAI], m
         time.sleep(0.01)  # the server has to hear of it
     step.release(1000)
     assert more < 45
+
+
+@pytest.fixture
+def held() -> Iterator[tuple[Engine, threading.Event]]:
+    """An engine that stands still after its next run until the event is set."""
+    gate = threading.Event()
+    with pgfast.load(provider="cpu") as engine:
+        yield engine, gate
+        gate.set()
+
+
+def hold(engine: Engine, gate: threading.Event) -> None:
+    def wait(rows: int) -> None:
+        assert gate.wait(30)
+
+    engine.on_step = wait  # the server's metrics had it
+
+
+def test_a_wrong_key_is_an_authentication_error(engine: Engine) -> None:
+    with serving(engine, api_keys=("right",)) as (address, _):
+        for key in ("wrong", "right2"):
+            with openai.OpenAI(base_url=address, api_key=key, max_retries=0) as client:
+                for ask in (client.models.list, lambda: client.chat.completions.create(model="m", messages=messages())):
+                    with pytest.raises(openai.AuthenticationError) as raised:
+                        ask()
+                    assert raised.value.code == "invalid_api_key"
+        with openai.OpenAI(base_url=address, api_key="right", max_retries=0) as client:
+            (card,) = client.models.list()
+            assert client.chat.completions.create(model=card.id, messages=messages()).choices[0].message.content == "blue"
+
+
+def test_too_many_requests_are_rate_limited_and_the_others_answered(held: tuple[Engine, threading.Event], model: str) -> None:
+    engine, gate = held
+    slots = engine.load_figures().slots
+
+    refused: list[openai.RateLimitError] = []
+
+    async def ask_one(client: openai.AsyncOpenAI) -> str | None:
+        try:
+            answer = await client.chat.completions.create(model=model, messages=messages())
+        except openai.RateLimitError as error:
+            refused.append(error)
+            if len(refused) == 4:
+                gate.set()
+            return None
+        return answer.choices[0].message.content
+
+    async def ask(address: str) -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=address, api_key="-", max_retries=0) as client:
+            return await asyncio.gather(*(ask_one(client) for _ in range(slots + 4)))
+
+    with serving(engine, max_queue=0) as (address, _):
+        hold(engine, gate)
+        answers = asyncio.run(ask(address))
+    assert (answers.count("blue"), answers.count(None)) == (slots, 4)
+    assert {error.code for error in refused} == {"overloaded"}
+    assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_is_given_up(held: tuple[Engine, threading.Event], model: str, stream: bool) -> None:
+    engine, gate = held
+    with (
+        serving(engine, timeout=0.3) as (address, service),
+        openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client,
+    ):
+        hold(engine, gate)
+        with pytest.raises(openai.InternalServerError) as raised:
+            client.chat.completions.create(model=model, messages=messages(), stream=stream)
+        assert (raised.value.status_code, raised.value.code) == (504, "timeout")
+        assert service.admission.taken == 0
+        gate.set()
+        assert client.chat.completions.create(model=model, messages=messages()).choices[0].message.content == "blue"
+
+
+def test_a_client_that_waits_no_longer_gives_its_place_back(held: tuple[Engine, threading.Event], model: str) -> None:
+    engine, gate = held
+    with serving(engine) as (address, service), openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client:
+        hold(engine, gate)
+        with pytest.raises(openai.APITimeoutError):
+            client.chat.completions.create(model=model, messages=messages(), timeout=0.3)
+        for _ in range(1000):
+            if service.admission.taken == 0:
+                break
+            time.sleep(0.01)
+        assert service.admission.taken == 0  # though the engine stands still
+        gate.set()
+        assert client.chat.completions.create(model=model, messages=messages()).choices[0].message.content == "blue"
+
+
+def test_a_picture_may_come_from_an_address_that_is_allowed(engine: Engine, model: str) -> None:
+    asked = []
+
+    def fetch(url: str) -> bytes:
+        asked.append(url)
+        return PICTURE
+
+    with serving(engine) as (address, service), openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client:
+        service.fetch = fetch
+        got = client.chat.completions.create(model=model, messages=messages(url="HTTPS://pictures.example/a.png?b=c"))
+    assert got.choices[0].message.content == "blue"
+    assert asked == ["HTTPS://pictures.example/a.png?b=c"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "JSON"),
+        (b"{", "JSON"),
+        (b'{"a":' * 50_000, "recursion limit"),
+        (b"[]", "object"),
+        (b'{"model": "m", "messages": "\xff"}', "JSON"),
+        (b'{"model": 1e999, "messages": []}', "model"),
+        (b'{"model": "demo_checkpoint", "messages": [[]]}', "messages.0"),
+        (b'{"model": "demo_checkpoint", "messages": [{"role": ["user"], "content": {}}]}', "messages.0"),
+    ],
+)
+def test_a_body_that_is_no_request_is_a_bad_request(address: str, body: bytes, message: str) -> None:
+    response = httpx2.post(f"{address}/chat/completions", content=body, headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["type"]) == (400, "invalid_request", "invalid_request_error")
+    assert message in error["message"]
+    assert httpx2.post(f"{address}/chat/completions", content=body).status_code == 415
 
 
 @given(
