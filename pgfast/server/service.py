@@ -85,7 +85,7 @@ class AnswerService:
         """Answer a question, so that the first client does not wait for what happens only once; blocks."""
         size = self.engine.manifest.image.size
         picture = np.zeros((size, size, 3), np.uint8)
-        self.engine.generate(picture, "caption en", options=GenerateOptions(max_new_tokens=2))
+        self.engine.answer(picture, "?", options=GenerateOptions(max_new_tokens=2))
 
     def close(self) -> None:
         """End the threads, after what they do now."""
