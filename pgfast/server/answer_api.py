@@ -37,16 +37,38 @@ class AnswerFields(BaseModel):
     """What can be asked about a picture."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    question: str | None = None
-    prompt: str | None = None
-    choices: list[str] | None = Field(None, max_length=256)
-    language: str = Field("en", max_length=64)
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: list[str] = Field([], max_length=16)
+    question: str | None = Field(default=None, description="Plain text; the bundle's template goes around it.")
+    prompt: str | None = Field(default=None, description="A raw prompt instead, for example `caption en`.")
+    choices: list[str] | None = Field(
+        default=None,
+        max_length=256,
+        description="Score exactly these answers and return the most probable one.",
+        json_schema_extra={"minItems": 1},
+    )
+    language: str = Field(default="en", max_length=64, description="Code that the bundle's template names.")
+    # ranges are checked by the engine, which knows the bundle's limits
+    max_new_tokens: int | None = Field(
+        default=None, description="Upper bound on generated tokens; null: the bundle's own.", json_schema_extra={"minimum": 1}
+    )
+    temperature: float = Field(
+        default=0.0, description="0 takes the most probable token each time.", json_schema_extra={"minimum": 0}
+    )
+    top_p: float = Field(
+        default=1.0,
+        description="Draw only from the most probable tokens that together hold this much probability.",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+    )
+    top_k: int = Field(
+        default=0,
+        description="Draw only from this many most probable tokens; 0: from all.",
+        json_schema_extra={"minimum": 0, "maximum": 2**31},
+    )
+    seed: int | None = Field(
+        default=None,
+        description="The same seed gives the same text; null: a new draw each time.",
+        json_schema_extra={"minimum": 0, "maximum": 2**63},
+    )
+    stop: list[str] = Field(default=[], max_length=16, description="Texts that end the answer; they are cut off.")
 
     def ask(self, picture: bytes) -> Ask:
         """The question to the service."""
@@ -60,8 +82,9 @@ class AnswerFields(BaseModel):
 class AnswerRequest(AnswerFields):
     """The body of POST /v1/answer."""
 
-    image: str | RemotePicture
-    """The picture file as base64 or as a data URI, or where to fetch it."""
+    image: str | RemotePicture = Field(
+        description="The picture file as base64 or as a data URI (`data:image/png;base64,...`), or where to fetch it."
+    )
 
 
 def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
