@@ -86,7 +86,7 @@ class Delta(TypedDict, total=False):
     content: str
 
 
-class ChunkChoice(_Told):
+class ChunkChoice(BaseModel):  # not _Told: its deltas' keys would be required too
     """A part of the only answer."""
 
     index: Literal[0] = 0
