@@ -31,9 +31,10 @@ def build_app(engine: Engine, config: ServerConfig) -> Starlette:
     """
     service = AnswerService(engine, config)
     routes = [
-        *health.routes(service, config),
+        # in the order of their use: they are tried one after the other
         *answer_api.routes(service, config),
         *chat_api.routes(service, config),
+        *health.routes(service, config),
         *openapi.routes(service, config),
     ]
     middleware = [
