@@ -25,7 +25,9 @@ def serving(engine: Engine, **settings: Any) -> Iterator[tuple[str, AnswerServic
     app = build_app(engine, config)
     protocol: Any = partial(LimitedProtocol, config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -30,6 +30,10 @@ MOST_CHOICES = 256
 """Each choice costs at least one run of the decoder."""
 
 
+_NOT_BLANK = Field(json_schema_extra={"pattern": r"\S"})
+"""For the schema: the engine refuses it in clearer words."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -57,6 +61,7 @@ class _Neutral:
         raise _refusal(self._reason)
 
 
+_Stop = Annotated[str, Field(json_schema_extra={"minLength": 1})]
 _Ignored = Annotated[Any, WithJsonSchema({"description": "Accepted and ignored."})]
 
 
@@ -82,7 +87,7 @@ class TextPart(_Strict):
     """The question."""
 
     type: Literal["text"]
-    text: str
+    text: Annotated[str, _NOT_BLANK]
 
 
 def _check_parts(parts: list[Any]) -> list[Any]:
@@ -162,18 +167,19 @@ class ChatRequest(_Strict):
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="The same seed gives the same text.")
     stop: Annotated[
-        str | Annotated[list[str], Field(json_schema_extra={"maxItems": MOST_STOPS})] | None, AfterValidator(_check_stop)
+        _Stop | Annotated[list[_Stop], Field(json_schema_extra={"maxItems": MOST_STOPS})] | None, AfterValidator(_check_stop)
     ] = Field(default=None, description=f"One text, or up to {MOST_STOPS}, that end the answer; they are cut off.")
     stream: bool | None = Field(default=None, description="Send server-sent events while the answer is made.")
     stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")
     logprobs: bool | None = Field(default=None, description="Return each token with its log-probability.")
 
     # beyond the official API: `extra_body` of its client
-    choices: list[str] | None = Field(
+    choices: list[Annotated[str, _NOT_BLANK]] | None = Field(
         default=None,
         min_length=1,
         max_length=MOST_CHOICES,
         description="Score exactly these answers and return the most probable one.",
+        json_schema_extra={"uniqueItems": True},
     )
     language: str = Field(default="en", max_length=64, description="Code that the bundle's template names.")
     top_k: int | None = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .answer_api import STREAM
 from .openapi_errors import references
 
 PICTURE = (
@@ -54,7 +55,7 @@ def _answer(limited: str) -> dict[str, Any]:
         "name": "stream",
         "in": "query",
         "description": "Send server-sent events while the answer is made.",
-        "schema": {"enum": ["0", "1", "false", "true"], "default": "0"},
+        "schema": {"enum": list(STREAM), "default": "0"},
     }
     described = "Give `question`, around which the bundle's template goes, or `prompt`, which is sent as it is."
     events = (
@@ -83,7 +84,9 @@ def _answer(limited: str) -> dict[str, Any]:
                 "description": f"The answer. {events}",
                 "content": {
                     "application/json": {"schema": _ref("AnswerBody")},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {
+                        "schema": {"anyOf": [_event("piece"), _event("answer", "AnswerBody"), _event("error", "ErrorBody")]}
+                    },
                 },
             },
             **references(401, 403, 413, 415, 429, 504),
@@ -111,6 +114,7 @@ def _chat(model: str, limited: str) -> dict[str, Any]:
         "With `stream`: each event is a ChatCompletionChunk, the last one is `[DONE]`; what goes wrong on the way is an event "
         "with an ErrorBody."
     )
+    done = {"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}}
     return {
         "operationId": "createChatCompletion",
         "tags": ["openai"],
@@ -125,12 +129,21 @@ def _chat(model: str, limited: str) -> dict[str, Any]:
                 "description": f"The answer. {events}",
                 "content": {
                     "application/json": {"schema": _ref("ChatCompletion")},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {"schema": {"anyOf": [_event("message", "ChatCompletionChunk"), done]}},
                 },
             },
             **references(401, 403, 404, 413, 415, 429, 504),
         },
     }
+
+
+def _event(name: str, schema: str | None = None) -> dict[str, Any]:
+    """One event of a stream, as OpenAPI 3.2 describes them; 3.1 says nothing about streams."""
+    data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
+    if schema is not None:
+        data["contentSchema"] = _ref(schema)
+    properties = {"event": {"const": name}, "data": data}
+    return {"type": "object", "required": ["data"], "properties": properties}
 
 
 def _get(name: str, tag: str, summary: str, schema: str, *errors: int) -> dict[str, Any]:
