@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import SchemaValidator, core_schema
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from .http_errors import ApiError, ErrorResponse
@@ -78,7 +78,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             parts += message.get("body", b"")
         body = bytes(parts)
     if message["type"] == "http.disconnect":
-        raise ClientDisconnect
+        raise ApiError(400, "invalid_request", "the body ends before its end")  # nobody is there to read it
     if not message.get("more_body"):
         request.scope[READ] = True
     if len(body) > limit:
