@@ -6,28 +6,24 @@ import asyncio
 import base64
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from http_server import serving
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from server_tools import PICTURE, QUESTION, serving
 from test_token_texts import GEMMA, PIECES
 
 import pgfast
 from pgfast import Engine, GenerateOptions
-from pgfast.demo import __file__ as demo_file
 from pgfast.prompt import cut_at_stop
 from pgfast.server.chat_logprobs import tokens_of
 from pgfast.token_texts import TokenTexts
 
-PICTURE = (Path(demo_file).parent / "blue_circle.png").read_bytes()
 URI = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
-QUESTION = "what color is the shape?"
 WILD = {"temperature": 50.0, "seed": 7}
 """Sampling from nearly everything: many tokens of nonsense, the same ones each time."""
 
@@ -40,8 +36,8 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
-    with serving(engine) as (found, _):
-        yield f"{found}/v1"
+    with serving(engine) as running:
+        yield f"{running.url}/v1"
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +289,8 @@ def test_a_picture_may_come_from_an_address_that_is_allowed(engine: Engine, mode
         asked.append(url)
         return PICTURE
 
-    with serving(engine) as (address, service), openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client:
-        service.fetch = fetch
+    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0) as client:
+        running.service.fetch = fetch
         got = client.chat.completions.create(model=model, messages=messages(url="HTTPS://pictures.example/a.png?b=c"))
     assert got.choices[0].message.content == "blue"
     assert asked == ["HTTPS://pictures.example/a.png?b=c"]

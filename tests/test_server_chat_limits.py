@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from http_server import serving
+from server_tools import ASK, QUESTION, Running, serving, until
 
 import pgfast
 from pgfast import Engine
-from pgfast.demo import __file__ as demo_file
-from pgfast.server.service import AnswerService
 
 MODEL = "demo_checkpoint"
-URI = "data:image/png;base64," + base64.b64encode((Path(demo_file).parent / "blue_circle.png").read_bytes()).decode()
+URL = {"url": f"data:image/png;base64,{ASK['image']}"}
 MESSAGES: list[Any] = [
-    {
-        "role": "user",
-        "content": [{"type": "text", "text": "what color is the shape?"}, {"type": "image_url", "image_url": {"url": URI}}],
-    }
+    {"role": "user", "content": [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": URL}]}
 ]
 WILD: dict[str, Any] = {"temperature": 50.0, "seed": 7, "max_tokens": 90}
 """Many tokens of nonsense."""
@@ -56,12 +49,12 @@ def hold(engine: Engine, gate: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def connected(engine: Engine, **settings: Any) -> Iterator[tuple[openai.OpenAI, AnswerService]]:
+def connected(engine: Engine, **settings: Any) -> Iterator[tuple[openai.OpenAI, Running]]:
     with (
-        serving(engine, **settings) as (address, service),
-        openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client,
+        serving(engine, **settings) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0) as client,
     ):
-        yield client, service
+        yield client, running
 
 
 def ask(client: openai.OpenAI) -> str | None:
@@ -132,13 +125,13 @@ def test_too_many_requests_are_rate_limited_and_the_others_answered(engine: Engi
             return None
         return answer.choices[0].message.content
 
-    async def ask_all(address: str) -> list[str | None]:
-        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client:
+    async def ask_all(url: str) -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
             return await asyncio.gather(*(ask_one(client) for _ in range(slots + 4)))
 
-    with serving(engine, max_queue=0) as (address, _):
+    with serving(engine, max_queue=0) as running:
         hold(engine, gate)
-        answers = asyncio.run(ask_all(address))
+        answers = asyncio.run(ask_all(running.url))
     assert (answers.count("blue"), answers.count(None)) == (slots, 4)
     assert {error.code for error in refused} == {"overloaded"}
     assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
@@ -146,29 +139,21 @@ def test_too_many_requests_are_rate_limited_and_the_others_answered(engine: Engi
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long_is_given_up(engine: Engine, gate: threading.Event, stream: bool) -> None:
-    with connected(engine, timeout=0.5) as (client, service):
+    with connected(engine, timeout=0.5) as (client, running):
         hold(engine, gate)
         with pytest.raises(openai.InternalServerError) as raised:
             client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=stream)
         assert (raised.value.status_code, raised.value.code) == (504, "timeout")
-        wait_until_empty(service)
+        until(lambda: running.service.admission.taken == 0)
         gate.set()
         assert ask(client) == "blue"
 
 
 def test_a_client_that_waits_no_longer_gives_its_place_back(engine: Engine, gate: threading.Event) -> None:
-    with connected(engine) as (client, service):
+    with connected(engine) as (client, running):
         hold(engine, gate)
         with pytest.raises(openai.APITimeoutError):
             ask(client.with_options(timeout=0.3))
-        wait_until_empty(service)  # though the engine stands still
+        until(lambda: running.service.admission.taken == 0)  # though the engine stands still
         gate.set()
         assert ask(client) == "blue"
-
-
-def wait_until_empty(service: AnswerService) -> None:
-    for _ in range(1000):
-        if service.admission.taken == 0:
-            return
-        time.sleep(0.01)
-    raise AssertionError("a place is still taken")

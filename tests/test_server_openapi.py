@@ -11,8 +11,8 @@ from typing import Any
 import httpx2
 import jsonschema
 import pytest
-from http_server import serving
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+from server_tools import serving
 from starlette.applications import Starlette
 from starlette.routing import Route
 
@@ -44,8 +44,8 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
-    with serving(engine) as (found, _):
-        yield found
+    with serving(engine) as running:
+        yield running.url
 
 
 def check(value: Any, schema: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from pgfast.train.demo.tiny_paligemma import build_tokenizer
 from tokenizers import decoders, models
 
+import pgfast
+from pgfast.engine import demo_bundle
 from pgfast.prompt import Tokenizer
 from pgfast.token_texts import TokenText, TokenTexts
 
@@ -81,3 +83,17 @@ def test_any_text_comes_back_token_by_token(text: str) -> None:
 def test_a_space_belongs_to_the_word_after_it() -> None:
     ids = [build_tokenizer(WORDS).token_to_id(word) for word in ("blue", "circle", "<eos>")]
     assert [token.text for token in TokenTexts(WORDLEVEL).add(ids)] == ["blue", " circle"]
+
+
+def test_a_pending_question_tells_its_tokens() -> None:
+    with pgfast.load(provider="cpu") as engine:
+        picture = demo_bundle().parent / "blue_circle.png"
+        pending = engine.submit(picture, "what color is the shape?")
+        answer = pending.result()
+        assert pending.tokens() == (list(answer.token_ids), list(answer.token_logprobs))
+        assert [token.text for token in pending.token_texts().add(answer.token_ids)] == [answer.text] == ["blue"]
+        text = ["<bos>", "answer", "en", "what", "color", "is", "the", "shape", "?", "\n"]  # its tokens are words
+        assert pending.prompt_tokens == engine.manifest.dimensions.num_image_tokens + len(text)
+        chosen = engine.submit(picture, "what color is the shape?", choices=["red", "blue"])
+        best = chosen.result()
+        assert chosen.tokens() == (list(best.token_ids), list(best.token_logprobs))
