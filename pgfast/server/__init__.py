@@ -13,6 +13,10 @@ streams.py        server-sent events
 service.py        AnswerService: from a question to the engine and back
 picture_cache.py  encoded pictures, by their bytes
 answer_api.py     POST /v1/answer
+chat_api.py       POST /v1/chat/completions, GET /v1/models, for OpenAI's clients
+chat_schema.py chat_answer_schema.py chat_reply.py chat_logprobs.py   their requests, answers, chunks, tokens
+openapi.py        GET /openapi.json: the description of all routes
+openapi_operations.py openapi_errors.py openapi_models.py   what is in it
 health.py         /healthz, /readyz, /metrics
 http_errors.py    every error as JSON
 """
