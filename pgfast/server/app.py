@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from . import answer_api, health
+from . import answer_api, chat_api, health
 from .access import Access
 from .admission import Admit
 from .config import ServerConfig
@@ -33,6 +33,7 @@ def build_app(engine: Engine, config: ServerConfig) -> Starlette:
     routes = [
         *health.routes(service, config),
         *answer_api.routes(service, config),
+        *chat_api.routes(service, config),
     ]
     middleware = [
         Middleware(CountRequests, service.metrics, routes),
