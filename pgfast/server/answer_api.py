@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from pgfast.types import GenerateOptions
+from pgfast.types import EncodedImage, GenerateOptions
 
 from .bodies import decode_picture, invalid, off_loop, parse_json, read_body
 from .config import ServerConfig
@@ -48,7 +48,7 @@ class AnswerFields(BaseModel):
     seed: int | None = None
     stop: list[str] = Field([], max_length=16)
 
-    def ask(self, picture: bytes) -> Ask:
+    def ask(self, picture: bytes | EncodedImage) -> Ask:
         """The question to the service."""
         if (self.question is None) == (self.prompt is None):
             raise ApiError(400, "invalid_request", "give a question, or a prompt, and not both")

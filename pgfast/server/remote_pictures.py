@@ -1,8 +1,8 @@
 """Pictures by URL, from hosts that the operator named and from nowhere else.
 
 A server that fetches what strangers name is a way into its own network. So: exactly the named hosts, resolved once, every
-address public, and the connection goes to the very address that was checked; redirects pass the same checks. What a client gets
-to read does not tell a closed port from a private address; the reason is in the log.
+address public, and the connection goes to the very address that was checked; redirects pass the same checks. A client is not
+told a closed port from a private address; the log says.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def is_public(address: str) -> bool:
 
 def look_up(host: str) -> list[str]:
     """All addresses of a host, in the system's order."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+    return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ class RemotePictures:
         is_allowed: Callable[[str], bool] = is_public,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._hosts = {pair for host in hosts for pair in _host_and_ports(host)}
+        self._hosts = {pair for host in hosts for pair in host_and_ports(host)}
         self._max_bytes, self._timeout = max_bytes, timeout
         self._resolve, self._is_allowed = resolve, is_allowed
         self._tls = tls or (ssl.create_default_context() if self._hosts else None)
@@ -282,8 +281,12 @@ def _is_visible(text: str) -> bool:
     return all("!" <= char <= "~" and char != "\\" for char in text)
 
 
-def _host_and_ports(word: str) -> list[tuple[str, int]]:
-    """Read `HOST` or `HOST:PORT` into the pairs it allows."""
+def host_and_ports(word: str) -> list[tuple[str, int]]:
+    """Read `HOST` or `HOST:PORT` into the pairs it allows.
+
+    Raises:
+        InputError: It is something else.
+    """
     host, colon, port = word.lower().partition(":")
     host = host.removesuffix(".")
     good = bool(_HOST.fullmatch(host)) and len(host) <= 253
