@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
-import itertools
 import math
-import socket
-import threading
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-import uvicorn
+from http_server import serving
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -28,11 +22,7 @@ import pgfast
 from pgfast import Engine, GenerateOptions
 from pgfast.demo import __file__ as demo_file
 from pgfast.prompt import cut_at_stop
-from pgfast.server.app import build_app
 from pgfast.server.chat_logprobs import tokens_of
-from pgfast.server.config import ServerConfig
-from pgfast.server.protocol import LimitedProtocol
-from pgfast.server.service import AnswerService
 from pgfast.token_texts import TokenTexts
 
 PICTURE = (Path(demo_file).parent / "blue_circle.png").read_bytes()
@@ -40,24 +30,6 @@ URI = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
 QUESTION = "what color is the shape?"
 WILD = {"temperature": 50.0, "seed": 7}
 """Sampling from nearly everything: many tokens of nonsense, the same ones each time."""
-
-
-@contextlib.contextmanager
-def serving(engine: Engine, **settings: Any) -> Iterator[tuple[str, AnswerService]]:
-    """Serve from a thread; the address to give to clients, and what is behind it."""
-    config = ServerConfig(**settings)
-    app = build_app(engine, config)
-    protocol: Any = partial(LimitedProtocol, config)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1", app.state.service
-        finally:
-            server.should_exit = True
-            thread.join()
-            app.state.service.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +41,7 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
     with serving(engine) as (found, _):
-        yield found
+        yield f"{found}/v1"
 
 
 @pytest.fixture(scope="module")
@@ -314,146 +286,6 @@ def test_the_asynchronous_client_asks_together(address: str, model: str, engine:
     assert len(set(answers)) == 3
 
 
-@pytest.fixture
-def fresh(model: str) -> Iterator[tuple[Engine, openai.OpenAI]]:
-    """A server whose engine may be held up and broken."""
-    with (
-        pgfast.load(provider="cpu") as engine,
-        serving(engine) as (address, _),
-        openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client,
-    ):
-        yield engine, client
-
-
-def test_a_failure_in_the_middle_of_a_stream_is_an_error_of_the_client(
-    fresh: tuple[Engine, openai.OpenAI], model: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine, client = fresh
-    steps, reading = itertools.count(), threading.Event()
-
-    def fail(rows: int) -> None:
-        if next(steps) == 3:
-            assert reading.wait(30)
-            raise RuntimeError("the device fell off the bus")
-
-    engine.on_step = fail
-    stream = client.chat.completions.create(model=model, messages=messages(), stream=True, max_tokens=30, **WILD)
-    assert next(stream).choices[0].delta.role == "assistant"
-    reading.set()
-    with pytest.raises(openai.APIError) as raised:
-        list(stream)
-    assert not isinstance(raised.value, openai.APIStatusError)
-    assert raised.value.code == "internal_error"
-    assert "bus" not in raised.value.message
-    engine.on_step = None
-    assert client.chat.completions.create(model=model, messages=messages()).choices[0].message.content == "blue"
-
-
-def test_leaving_a_stream_frees_its_place(fresh: tuple[Engine, openai.OpenAI], model: str) -> None:
-    engine, client = fresh
-    step = threading.Semaphore(3)
-    engine.on_step = lambda rows: step.acquire() and None
-    stream = client.chat.completions.create(model=model, messages=messages(), stream=True, max_tokens=90, **WILD)
-    next(stream)
-    assert engine.load_figures().running == 1
-    stream.close()
-    more = 0
-    while engine.load_figures().running and more < 90:
-        step.release()
-        more += 1
-        time.sleep(0.01)  # the server has to hear of it
-    step.release(1000)
-    assert more < 45
-
-
-@pytest.fixture
-def held() -> Iterator[tuple[Engine, threading.Event]]:
-    """An engine that stands still after its next run until the event is set."""
-    gate = threading.Event()
-    with pgfast.load(provider="cpu") as engine:
-        yield engine, gate
-        gate.set()
-
-
-def hold(engine: Engine, gate: threading.Event) -> None:
-    def wait(rows: int) -> None:
-        assert gate.wait(30)
-
-    engine.on_step = wait  # the server's metrics had it
-
-
-def test_a_wrong_key_is_an_authentication_error(engine: Engine) -> None:
-    with serving(engine, api_keys=("right",)) as (address, _):
-        for key in ("wrong", "right2"):
-            with openai.OpenAI(base_url=address, api_key=key, max_retries=0) as client:
-                for ask in (client.models.list, lambda: client.chat.completions.create(model="m", messages=messages())):
-                    with pytest.raises(openai.AuthenticationError) as raised:
-                        ask()
-                    assert raised.value.code == "invalid_api_key"
-        with openai.OpenAI(base_url=address, api_key="right", max_retries=0) as client:
-            (card,) = client.models.list()
-            assert client.chat.completions.create(model=card.id, messages=messages()).choices[0].message.content == "blue"
-
-
-def test_too_many_requests_are_rate_limited_and_the_others_answered(held: tuple[Engine, threading.Event], model: str) -> None:
-    engine, gate = held
-    slots = engine.load_figures().slots
-
-    refused: list[openai.RateLimitError] = []
-
-    async def ask_one(client: openai.AsyncOpenAI) -> str | None:
-        try:
-            answer = await client.chat.completions.create(model=model, messages=messages())
-        except openai.RateLimitError as error:
-            refused.append(error)
-            if len(refused) == 4:
-                gate.set()
-            return None
-        return answer.choices[0].message.content
-
-    async def ask(address: str) -> list[str | None]:
-        async with openai.AsyncOpenAI(base_url=address, api_key="-", max_retries=0) as client:
-            return await asyncio.gather(*(ask_one(client) for _ in range(slots + 4)))
-
-    with serving(engine, max_queue=0) as (address, _):
-        hold(engine, gate)
-        answers = asyncio.run(ask(address))
-    assert (answers.count("blue"), answers.count(None)) == (slots, 4)
-    assert {error.code for error in refused} == {"overloaded"}
-    assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_takes_too_long_is_given_up(held: tuple[Engine, threading.Event], model: str, stream: bool) -> None:
-    engine, gate = held
-    with (
-        serving(engine, timeout=0.3) as (address, service),
-        openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client,
-    ):
-        hold(engine, gate)
-        with pytest.raises(openai.InternalServerError) as raised:
-            client.chat.completions.create(model=model, messages=messages(), stream=stream)
-        assert (raised.value.status_code, raised.value.code) == (504, "timeout")
-        assert service.admission.taken == 0
-        gate.set()
-        assert client.chat.completions.create(model=model, messages=messages()).choices[0].message.content == "blue"
-
-
-def test_a_client_that_waits_no_longer_gives_its_place_back(held: tuple[Engine, threading.Event], model: str) -> None:
-    engine, gate = held
-    with serving(engine) as (address, service), openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client:
-        hold(engine, gate)
-        with pytest.raises(openai.APITimeoutError):
-            client.chat.completions.create(model=model, messages=messages(), timeout=0.3)
-        for _ in range(1000):
-            if service.admission.taken == 0:
-                break
-            time.sleep(0.01)
-        assert service.admission.taken == 0  # though the engine stands still
-        gate.set()
-        assert client.chat.completions.create(model=model, messages=messages()).choices[0].message.content == "blue"
-
-
 def test_a_picture_may_come_from_an_address_that_is_allowed(engine: Engine, model: str) -> None:
     asked = []
 
@@ -461,7 +293,7 @@ def test_a_picture_may_come_from_an_address_that_is_allowed(engine: Engine, mode
         asked.append(url)
         return PICTURE
 
-    with serving(engine) as (address, service), openai.OpenAI(base_url=address, api_key="-", max_retries=0) as client:
+    with serving(engine) as (address, service), openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client:
         service.fetch = fetch
         got = client.chat.completions.create(model=model, messages=messages(url="HTTPS://pictures.example/a.png?b=c"))
     assert got.choices[0].message.content == "blue"

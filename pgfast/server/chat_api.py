@@ -14,8 +14,9 @@ from starlette.routing import BaseRoute, Route
 from pgfast.pending import Pending
 
 from .bodies import decode_picture, off_loop, parse_json, read_body
+from .chat_answer_schema import ModelCard, ModelList
 from .chat_reply import Reply
-from .chat_schema import ChatRequest, ModelCard, ModelList
+from .chat_schema import ChatRequest
 from .config import ServerConfig
 from .http_errors import ApiError
 from .service import AnswerService, Ask

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pgfast.token_texts import TokenText, TokenTexts
 
-from .chat_schema import TokenLogprob
+from .chat_answer_schema import TokenLogprob
 
 
 class TokenLog:

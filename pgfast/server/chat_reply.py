@@ -9,11 +9,9 @@ from typing import Any
 from pgfast.pending import Pending
 from pgfast.types import Answer
 
-from .chat_logprobs import TokenLog, tokens_of
-from .chat_schema import (
+from .chat_answer_schema import (
     ChatCompletion,
     ChatCompletionChunk,
-    ChatRequest,
     Choice,
     ChunkChoice,
     Delta,
@@ -23,6 +21,8 @@ from .chat_schema import (
     TokenLogprob,
     Usage,
 )
+from .chat_logprobs import TokenLog, tokens_of
+from .chat_schema import ChatRequest
 
 
 class Reply:

@@ -1,4 +1,4 @@
-"""What a request and an answer of the OpenAI-compatible endpoint look like.
+"""What a request to the OpenAI-compatible endpoint looks like.
 
 The models are strict, so a misspelt key is an error and not a setting without effect. Keys of the official API that this model
 cannot honour are known by name: they are accepted with the value that changes nothing and refused with any other.
@@ -16,9 +16,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    SerializerFunctionWrapHandler,
     WithJsonSchema,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -30,6 +28,10 @@ MOST_STOPS = 16
 """The official API takes 4."""
 MOST_CHOICES = 256
 """Each choice costs at least one run of the decoder."""
+
+
+_NOT_BLANK = Field(json_schema_extra={"pattern": r"\S"})
+"""For the schema: the engine refuses it in clearer words."""
 
 
 class _Strict(BaseModel):
@@ -59,6 +61,7 @@ class _Neutral:
         raise _refusal(self._reason)
 
 
+_Stop = Annotated[str, Field(json_schema_extra={"minLength": 1})]
 _Ignored = Annotated[Any, WithJsonSchema({"description": "Accepted and ignored."})]
 
 
@@ -84,7 +87,7 @@ class TextPart(_Strict):
     """The question."""
 
     type: Literal["text"]
-    text: str
+    text: Annotated[str, _NOT_BLANK]
 
 
 def _check_parts(parts: list[Any]) -> list[Any]:
@@ -163,21 +166,22 @@ class ChatRequest(_Strict):
         default=None, gt=0, le=1, description="Draw only from tokens that together hold this probability."
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="The same seed gives the same text.")
-    stop: Annotated[str | list[str] | None, AfterValidator(_check_stop)] = Field(
-        default=None, description=f"One text, or up to {MOST_STOPS}, that end the answer; they are cut off."
-    )
+    stop: Annotated[
+        _Stop | Annotated[list[_Stop], Field(json_schema_extra={"maxItems": MOST_STOPS})] | None, AfterValidator(_check_stop)
+    ] = Field(default=None, description=f"One text, or up to {MOST_STOPS}, that end the answer; they are cut off.")
     stream: bool | None = Field(default=None, description="Send server-sent events while the answer is made.")
     stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")
     logprobs: bool | None = Field(default=None, description="Return each token with its log-probability.")
 
     # beyond the official API: `extra_body` of its client
-    choices: list[str] | None = Field(
+    choices: list[Annotated[str, _NOT_BLANK]] | None = Field(
         default=None,
         min_length=1,
         max_length=MOST_CHOICES,
         description="Score exactly these answers and return the most probable one.",
+        json_schema_extra={"uniqueItems": True},
     )
-    language: str = Field(default="en", description="Code that the bundle's template names.")
+    language: str = Field(default="en", max_length=64, description="Code that the bundle's template names.")
     top_k: int | None = Field(
         default=None, ge=0, lt=2**31, description="Draw only from this many most probable tokens; 0: from all."
     )
@@ -251,119 +255,3 @@ class ChatRequest(_Strict):
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
         )
-
-
-class TokenLogprob(BaseModel):
-    """A token of the answer."""
-
-    token: str = Field(description="The characters that it completes; all of them add up to the answer.")
-    bytes: list[int] = Field(description="Its own bytes of UTF-8; all of them add up to the answer too.")
-    logprob: float = Field(description="Natural log-probability before temperature, top_p and top_k.")
-    top_logprobs: list[Any] = Field(default_factory=list, max_length=0)
-
-
-class Logprobs(BaseModel):
-    """The tokens of an answer, or of a part of it."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class Message(BaseModel):
-    """The answer."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    """The only answer, `index` 0."""
-
-    index: Literal[0] = 0
-    message: Message
-    logprobs: Logprobs | None = None
-    finish_reason: Literal["stop", "length"]
-    confidence: float = Field(description="Probability of exactly this answer; an addition to the official API.")
-    choices: dict[str, float] | None = Field(
-        default=None,
-        description="With `choices` in the request: the probability of each, given that one of them is the answer.",
-    )
-
-
-class PromptTokensDetails(BaseModel):
-    """Parts of the prompt."""
-
-    image_tokens: int
-    text_tokens: int
-
-
-class Usage(BaseModel):
-    """Numbers of tokens."""
-
-    prompt_tokens: int = Field(description="Picture and text, with the template and the model's own markers.")
-    completion_tokens: int = Field(description="Generated tokens, the one that ends the answer included.")
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class ChatCompletion(BaseModel):
-    """An answer in OpenAI's form."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(description="Seconds since 1970.")
-    model: str
-    system_fingerprint: str = Field(description="Names the bundle: with the same one, a seed gives the same text.")
-    choices: list[Choice] = Field(min_length=1, max_length=1)
-    usage: Usage
-
-
-class Delta(BaseModel):
-    """What is new in a chunk."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if value is not None}
-
-
-class ChunkChoice(BaseModel):
-    """A part of the only answer."""
-
-    index: Literal[0] = 0
-    delta: Delta
-    logprobs: Logprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    confidence: float | None = Field(default=None, description="In the last chunk with a choice.")
-    choices: dict[str, float] | None = Field(default=None, description="In the last chunk with a choice.")
-
-
-class ChatCompletionChunk(BaseModel):
-    """One event of a stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChunkChoice] = Field(max_length=1)
-    usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    """A model that answers here."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = Field(description="When the server loaded it, in seconds since 1970.")
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    """All models that answer here: one."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
