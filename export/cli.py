@@ -21,10 +21,11 @@ from pgfast.errors import MissingDependencyError
 @click.option("--answer-template", help="Prompt of a question; {text} is the question, {language} a code such as en.")
 @click.option(
     "--layout",
-    type=click.Choice(["bundle", "transformers.js"]),
+    type=click.Choice(["bundle", "transformers.js", "triton"]),
     default="bundle",
     show_default=True,
-    help="transformers.js: the folder that the npm package @huggingface/transformers loads.",
+    help="transformers.js: the folder that the npm package @huggingface/transformers loads. "
+    "triton: a model repository for NVIDIA Triton, from a checkpoint or a bundle.",
 )
 @click.option("--verify", is_flag=True, help="Compare with transformers and keep the report in the manifest (needs torch).")
 @click.option(
@@ -60,8 +61,9 @@ def export(
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
-        from .build import export as write
+        from .build import export as write_bundle
         from .plan import ExportOptions
+        from .triton import export_triton
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
     options = ExportOptions(
@@ -85,10 +87,13 @@ def export(
         print(f"pgfast: wrote {out}: for transformers.js, {precision}, {written / 1e6:,.1f} MB", file=sys.stderr)
         return
     with _progress() as on_progress:
-        manifest = write(checkpoint, out, options, on_progress)
+        manifest = (export_triton if layout == "triton" else write_bundle)(checkpoint, out, options, on_progress)
     size = sum(entry.size for entry in manifest.files.values())
-    print(f"pgfast: wrote {out}: {manifest.family}, {precision}, for {target}, {size / 1e6:,.1f} MB", file=sys.stderr)
-    if manifest.parity:
+    print(
+        f"pgfast: wrote {out}: {manifest.family}, {manifest.precision}, for {manifest.target}, {size / 1e6:,.1f} MB",
+        file=sys.stderr,
+    )
+    if verify or verify_data:
         print(f"pgfast: parity {manifest.parity}", file=sys.stderr)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -17,6 +18,8 @@ from pgfast.errors import ProviderError
 from pgfast.runtime import providers
 from pgfast.runtime.decoder import Decoder
 from pgfast.runtime.providers import Target
+
+DEMO_PICTURE = Path(pgfast.__file__).parent / "demo" / "blue_circle.png"
 
 
 def test_auto_prefers_the_fastest_that_can_read_the_dialect() -> None:
@@ -204,3 +207,12 @@ def test_fixed_shapes_of_steps_are_powers_of_two(bundle: Path) -> None:
     assert list(asked[1]["input_ids"]) == [4, 1]
     assert list(asked[1]["past_key_values.0.key"]) == [4, 2, opened.manifest.cache_length, 16]
     assert decoder.length(3) == 0
+
+
+def test_onnxruntime_does_not_report_to_its_makers(tmp_path: Path) -> None:
+    # before it sends anything it leaves an identifier in the user's cache folder
+    code = f"import pgfast; pgfast.load(provider='cpu').answer({str(DEMO_PICTURE)!r}, 'what color is it?')"
+    # nothing else of the environment: in the usual CI services it is quiet anyway
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    assert not list(tmp_path.rglob("*"))

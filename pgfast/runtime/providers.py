@@ -149,6 +149,8 @@ def import_onnxruntime() -> Any:
     Raises:
         MissingDependencyError: Neither of its packages is installed.
     """
+    # since 1.29 it reports sessions and models to Microsoft, unless this is there before it is imported
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

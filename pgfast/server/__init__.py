@@ -12,6 +12,7 @@ bodies.py         bodies of requests, read within limits; pictures in text; form
 streams.py        server-sent events
 service.py        AnswerService: from a question to the engine and back
 picture_cache.py  encoded pictures, by their bytes
+remote_pictures.py  pictures by URL, from named hosts with public addresses
 answer_api.py     POST /v1/answer
 chat_api.py       POST /v1/chat/completions, GET /v1/models, for OpenAI's clients
 chat_schema.py chat_answer_schema.py chat_reply.py chat_logprobs.py   their requests, answers, chunks, tokens

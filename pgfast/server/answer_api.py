@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from pgfast.types import GenerateOptions
+from pgfast.types import EncodedImage, GenerateOptions
 
 from .bodies import decode_picture, invalid, off_loop, parse_json, read_body
 from .config import ServerConfig
@@ -81,7 +81,7 @@ class AnswerFields(BaseModel):
         default=[], max_length=16, description="Texts that end the answer; they are cut off."
     )
 
-    def ask(self, picture: bytes) -> Ask:
+    def ask(self, picture: bytes | EncodedImage) -> Ask:
         """The question to the service."""
         if (self.question is None) == (self.prompt is None):
             raise ApiError(400, "invalid_request", "give a question, or a prompt, and not both")

@@ -67,12 +67,11 @@ async def _read(request: Request, service: AnswerService, config: ServerConfig) 
     body = await read_body(request, config.max_body)
     asked, picture = await off_loop(len(body), _parse, body)
     _check_model(asked.model, service.model)
-    if picture is None:
-        picture = await service.fetch_picture(asked.picture_url)
     choices = None if asked.choices is None else tuple(asked.choices)
     question, prompt = (None, asked.text) if asked.raw_prompt else (asked.text, None)
     options = asked.options(service.engine.manifest.limits.new_tokens)
-    return asked, Ask(picture, question, prompt, choices, asked.language, options)
+    shown = await service.fetch_picture(asked.picture_url) if picture is None else picture
+    return asked, Ask(shown, question, prompt, choices, asked.language, options)
 
 
 def _parse(body: bytes) -> tuple[ChatRequest, bytes | None]:

@@ -35,7 +35,9 @@ def _limits(command: Any) -> Any:
 def _doors(command: Any) -> Any:
     """Add who may ask, from where."""
     for option in (
-        click.option("--allow-url-host", multiple=True, metavar="HOST", help="Fetch pictures from this host; repeatable."),
+        click.option(
+            "--allow-url-host", multiple=True, metavar="HOST[:PORT]", help="Fetch pictures from this host; repeatable."
+        ),
         click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Site whose pages may ask; repeatable."),
         click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one per line: only who has one may ask."),
         click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."),

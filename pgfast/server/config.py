@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from pgfast.errors import InputError
 
+from .remote_pictures import host_and_ports
+
 ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
@@ -39,7 +41,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()
     """Other sites whose pages may use the API from a browser."""
     allow_url_hosts: tuple[str, ...] = ()
-    """Hosts from which pictures may be fetched by URL."""
+    """Hosts from which pictures may be fetched by URL: HOST, on the usual ports, or HOST:PORT."""
     drain_timeout: float = 30.0
     """Seconds that requests in flight have to finish when the server is asked to stop."""
     max_connections: int = 900
@@ -68,6 +70,8 @@ class ServerConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0 and (value or name == "drain_timeout")):
                 raise InputError(f"{name} is {value}: seconds are needed")
+        for host in self.allow_url_hosts:
+            host_and_ports(host)
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin):
                 raise InputError(f"{origin!r} is not an origin: scheme://host or scheme://host:port, in small letters")

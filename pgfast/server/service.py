@@ -21,6 +21,7 @@ from .config import ServerConfig
 from .http_errors import ApiError
 from .metrics import Metrics
 from .picture_cache import Encoded, PictureCache
+from .remote_pictures import RemotePictures
 
 if TYPE_CHECKING:
     from pgfast.engine import Engine
@@ -30,6 +31,10 @@ T = TypeVar("T")
 
 ENCODERS = 16
 """Threads beyond the decoding ones: those that wait for the vision encoder at the same time share its runs."""
+FETCHES = 8
+"""Pictures by URL that are fetched, or wait to be encoded, at a time."""
+FETCH_SECONDS = 10.0
+"""For one of them, if a request may take so long."""
 QUICK_TEXT = 4096
 """Characters that are tokenized in the event loop."""
 
@@ -76,6 +81,10 @@ class AnswerService:
         self.admission = Admission(config, engine.load_figures().slots, self.metrics)
         self.fetch: Callable[[str], bytes] | None = None
         """Gets the picture behind a URL, in a thread; None: that is not allowed."""
+        if config.allow_url_hosts:
+            seconds = min(FETCH_SECONDS, config.timeout)
+            self.fetch = RemotePictures(config.allow_url_hosts, max_bytes=config.max_body, timeout=seconds).fetch
+        self._fetches, self._fetching = asyncio.Semaphore(FETCHES), ThreadPoolExecutor(FETCHES, "pgfast-fetch")
         self._pool = ThreadPoolExecutor(config.decoders + ENCODERS, "pgfast-picture")
         self._decoding = threading.Semaphore(config.decoders)
         self._pictures = PictureCache(self._encode, self._pool, config.cache_pictures, self.metrics)
@@ -88,7 +97,8 @@ class AnswerService:
 
     def close(self) -> None:
         """End the threads, after what they do now."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._fetching):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, ask: Ask) -> Served:
         """Answer a question.
@@ -139,8 +149,8 @@ class AnswerService:
         finally:
             pending.cancel()
 
-    async def fetch_picture(self, url: str) -> bytes:
-        """Get the picture behind a URL.
+    async def fetch_picture(self, url: str) -> EncodedImage:
+        """Get the picture behind a URL, encoded: its bytes, which no limit of bodies counts, are not kept waiting.
 
         Raises:
             ApiError: 400, that is not allowed.
@@ -149,7 +159,9 @@ class AnswerService:
         if self.fetch is None:
             message = "pictures are not fetched from URLs here: send the picture itself, as base64"
             raise ApiError(400, "image_error", message, param="image")
-        return await asyncio.to_thread(self.fetch, url)
+        async with self._fetches:
+            picture = await asyncio.get_running_loop().run_in_executor(self._fetching, self.fetch, url)
+            return (await self._pictures.get(picture))[0]
 
     async def encoded(self, picture: bytes | EncodedImage) -> Encoded:
         """Return a picture encoded, from the cache if it can be."""
