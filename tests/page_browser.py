@@ -29,8 +29,8 @@ KEYS = {"Tab": ("Tab", 9, ""), "Enter": ("Enter", 13, "\r"), "Escape": ("Escape"
 
 
 @contextlib.contextmanager
-def chromium(profile: Path) -> Iterator[str]:
-    """Start a browser with a new profile; gives the address of its DevTools."""
+def chromium(profile: Path) -> Iterator[ClientConnection]:
+    """Start a browser with a new profile; gives a connection to its DevTools."""
     assert CHROMIUM is not None
     log = profile.with_suffix(".log")
     with log.open("wb") as errors:
@@ -45,7 +45,8 @@ def chromium(profile: Path) -> Iterator[str]:
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.02)  # the file is the only sign that Chromium gives
         port, path = port_file.read_text().split("\n")
-        yield f"ws://127.0.0.1:{port}{path}"
+        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as connection:
+            yield connection
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -60,9 +61,10 @@ class Page:
         problems: Console errors, exceptions, violations of the content security policy.
     """
 
-    def __init__(self, browser: str) -> None:
-        self._socket: ClientConnection = connect(browser, max_size=None, proxy=None)
-        self._ids = itertools.count(1)
+    _ids = itertools.count(1)  # all tabs share one connection, one after the other
+
+    def __init__(self, browser: ClientConnection) -> None:
+        self._socket = browser
         self._session: str | None = None
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {}
         self._chosen: list[dict[str, Any]] = []
@@ -89,7 +91,6 @@ class Page:
     def close(self) -> None:
         self._session = None
         self.call("Target.disposeBrowserContext", browserContextId=self._context)
-        self._socket.close()
 
     # ---- the protocol
 
@@ -109,7 +110,8 @@ class Page:
                 assert "error" not in message, f"{method}: {message['error']}"
                 result: dict[str, Any] = message["result"]
                 return result
-            if handler := self._handlers.get(message.get("method", "")):
+            handler = self._handlers.get(message.get("method", ""))
+            if handler and message.get("sessionId") == self._session:
                 handler(message["params"])
 
     def run(self, script: str) -> Any:
@@ -132,21 +134,6 @@ class Page:
             look();
         }})"""
         return self.run(script)
-
-    def answer_requests(self, pattern: str, reply: Callable[[dict[str, Any]], tuple[int, dict[str, str], str] | None]) -> None:
-        """Answer requests in the server's place; None leaves a request without an answer."""
-
-        def on_request(event: dict[str, Any]) -> None:
-            answer = reply(event["request"])
-            if answer is None:
-                return
-            status, headers, body = answer
-            fields = [{"name": name, "value": value} for name, value in headers.items()]
-            encoded = base64.b64encode(body.encode()).decode()
-            self.send("Fetch.fulfillRequest", requestId=event["requestId"], responseCode=status, responseHeaders=fields, body=encoded)
-
-        self._handlers["Fetch.requestPaused"] = on_request
-        self.call("Fetch.enable", patterns=[{"urlPattern": pattern}])
 
     # ---- what a user does
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
-from . import answer_api, health
+from . import answer_api, health, page
 from .config import ServerConfig
 from .http_errors import HANDLERS
 from .service import AnswerService
@@ -26,5 +26,6 @@ def build_app(engine: Engine, config: ServerConfig) -> Starlette:
     routes = [
         *health.routes(service, config),
         *answer_api.routes(service, config),
+        *page.routes(service, config),
     ]
     return Starlette(routes=routes, exception_handlers=HANDLERS)
