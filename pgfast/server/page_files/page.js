@@ -176,7 +176,9 @@ function askForKey(picture, entry) {
 }
 
 function useKey() {
-  sessionStorage.setItem(KEY, $("key-text").value.trim());
+  const key = $("key-text").value.trim();
+  if (!/^[!-~]+$/.test(key)) return notify("An API key has plain letters, digits and signs only, and no spaces.");
+  sessionStorage.setItem(KEY, key);
   $("key-text").value = "";
   $("key").hidden = true;
   notify("");
