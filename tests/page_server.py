@@ -9,6 +9,7 @@ import queue
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,17 +20,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from pgfast.engine import Engine
 from pgfast.server import page
+from pgfast.server.app import build_app
 from pgfast.server.config import ServerConfig
+from pgfast.server.protocol import LimitedProtocol
 
 
 @contextlib.contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """Serve an app on a free port of this machine; gives its address, with a slash at the end."""
+def serving(app: ASGIApp, config: ServerConfig) -> Iterator[str]:
+    """Serve an app on a free port of this machine, as `pgfast serve` does; gives its address, with a slash at the end."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # from here on nobody is refused
-        settings = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1)
+        protocol: Any = partial(LimitedProtocol, config)
+        settings = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1)
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -38,6 +43,15 @@ def serving(app: ASGIApp) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextlib.contextmanager
+def serving_real(engine: Engine, config: ServerConfig) -> Iterator[str]:
+    """The whole server around an engine."""
+    app = build_app(engine, config)
+    with serving(app, config) as address:
+        yield address
+    app.state.service.close()
 
 
 class Asked:
@@ -101,6 +115,7 @@ class Fake:
     """
 
     def __init__(self, config: ServerConfig) -> None:
+        self.config = config
         self._asked = queue.Queue[Asked]()
         self.app = Starlette(
             routes=[*page.routes(SimpleNamespace(model="fake"), config), Route("/v1/answer", self._answer, methods=["POST"])]

@@ -16,7 +16,7 @@ from pgfast.errors import MissingDependencyError, PgfastError
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = [path for folder in ("pgfast", "export", "train", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
-COMMANDS = ("answer", "generate", "inspect", "doctor", "export", "engines", "train", "eval", "bench")
+COMMANDS = ("answer", "generate", "inspect", "doctor", "serve", "export", "engines", "train", "eval", "bench")
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
 
@@ -118,6 +118,8 @@ def test_the_wheel_holds_the_bundle_and_stays_small(tmp_path: Path) -> None:
         "pgfast/py.typed",
         "pgfast/export/build.py",
         "pgfast/demo/blue_circle.png",
+        "pgfast/server/page_files/index.html",
+        "pgfast/server/page_files/page.js",
         "pgfast/demo/bundle/decoder.onnx.data",
     }
     assert wanted | {"optimum/commands/register/register_pgfast.py"} <= names

@@ -13,6 +13,7 @@ streams.py        server-sent events
 service.py        AnswerService: from a question to the engine and back
 picture_cache.py  encoded pictures, by their bytes
 answer_api.py     POST /v1/answer
+page.py           the page at /; its files are in page_files/
 health.py         /healthz, /readyz, /metrics
 http_errors.py    every error as JSON
 """

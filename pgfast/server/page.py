@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FILES = Path(__file__).parent / "page_files"
 EXAMPLE = Path(__file__).parents[1] / "demo" / "blue_circle.png"
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png"}
+PARTS = (".css", ".js", ".svg")
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -42,11 +43,15 @@ def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
     index = Template((FILES / "index.html").read_text(encoding="utf-8")).substitute(
         max_body=config.max_body, max_pixels=config.max_pixels, model=html.escape(service.model)
     )
-    found: list[BaseRoute] = [_route("/", index.encode(), ".html")]
-    for path in sorted(FILES.iterdir()):
-        if path.suffix in MEDIA_TYPES and path.suffix != ".html":
-            found.append(_route(f"/page/{path.name}", path.read_bytes(), path.suffix))
-    return [*found, _route("/page/example.png", EXAMPLE.read_bytes(), ".png")]
+    return [
+        _route("/", index.encode(), ".html"),
+        _route("/page/example.png", EXAMPLE.read_bytes(), ".png"),
+        *(
+            _route(f"/page/{path.name}", path.read_bytes(), path.suffix)
+            for path in sorted(FILES.iterdir())
+            if path.suffix in PARTS
+        ),
+    ]
 
 
 def _route(address: str, content: bytes, suffix: str) -> Route:
