@@ -79,6 +79,7 @@ def run(engine: Engine, config: ServerConfig, sock: socket.socket, on_ready: Cal
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # seconds for call_later
         timeout_graceful_shutdown=1,
     )
