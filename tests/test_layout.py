@@ -118,6 +118,8 @@ def test_the_wheel_holds_the_bundle_and_stays_small(tmp_path: Path) -> None:
         "pgfast/py.typed",
         "pgfast/export/build.py",
         "pgfast/demo/blue_circle.png",
+        "pgfast/server/page_files/index.html",
+        "pgfast/server/page_files/page.js",
         "pgfast/demo/bundle/decoder.onnx.data",
     }
     assert wanted | {"optimum/commands/register/register_pgfast.py"} <= names

@@ -18,6 +18,7 @@ chat_api.py       POST /v1/chat/completions, GET /v1/models, for OpenAI's client
 chat_schema.py chat_answer_schema.py chat_reply.py chat_logprobs.py   their requests, answers, chunks, tokens
 openapi.py        GET /openapi.json: the description of all routes
 openapi_operations.py openapi_errors.py openapi_models.py   what is in it
+page.py           the page at /; its files are in page_files/
 health.py         /healthz, /readyz, /metrics
 http_errors.py    every error as JSON
 """

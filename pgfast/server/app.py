@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from . import answer_api, chat_api, health, openapi
+from . import answer_api, chat_api, health, openapi, page
 from .access import Access
 from .admission import Admit
 from .config import ServerConfig
@@ -36,6 +36,7 @@ def build_app(engine: Engine, config: ServerConfig) -> Starlette:
         *chat_api.routes(service, config),
         *health.routes(service, config),
         *openapi.routes(service, config),
+        *page.routes(service, config),
     ]
     middleware = [
         Middleware(CountRequests, service.metrics, routes),
