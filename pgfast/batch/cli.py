@@ -18,8 +18,8 @@ from pgfast.cli import printable
 from pgfast.cli.options import decoding_options, engine_options, generate_options, load_engine
 from pgfast.errors import InputError
 
-from .journal import Journal, check_out, describe_run
 from .cli_progress import Progress
+from .journal import Journal, check_out, describe_run
 from .rows import Defaults, Result
 from .sources import Source, Survey, open_source
 
