@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -58,13 +58,14 @@ def answer_rows(
 class _Picture:
     """A picture of one or several rows near each other."""
 
-    def __init__(self, prepared: Future[tuple[PreparedImage, float]], places: int) -> None:
-        self.prepared = prepared
+    def __init__(self, places: int) -> None:
         self.places = places
         """Those of `PLACES` that it takes until it is encoded."""
+        self.prepared: Future[tuple[PreparedImage, float]] = Future()
+        """With the seconds that it took."""
         self.encoded: EncodedImage | None = None
         self.seconds = (0.0, 0.0)
-        """What decoding and the vision encoder took; for the first row that asks about it."""
+        """What preparing and the vision encoder took; for the first row that asks about it."""
 
 
 class _Asked:
@@ -72,20 +73,30 @@ class _Asked:
 
     def __init__(self, row: Row) -> None:
         self.row = row
-        self.submitted: Future[tuple[Pending, tuple[float, float]]] = Future()
-        """With the seconds of its picture."""
+        self._outcome: tuple[Pending, tuple[float, float]] | Exception | None = None
+        self._known = queue.SimpleQueue[None]()
+
+    def submitted(self, outcome: tuple[Pending, tuple[float, float]] | Exception) -> None:
+        """Take what the engine works on with the seconds of its picture, or why it does not."""
+        self._outcome = outcome
+        self._known.put(None)
 
     @property
     def done(self) -> bool:
         """Whether `result` has something to return or to raise at once."""
-        s = self.submitted
-        return self.row.error is not None or (s.done() and (s.exception() is not None or s.result()[0].done))
+        if self.row.error is not None or isinstance(self._outcome, Exception):
+            return True
+        return self._outcome is not None and self._outcome[0].done
 
     def result(self) -> Result:
         if self.row.error is not None:
             return Result(self.row, error=self.row.error)
+        self._known.get()
+        assert self._outcome is not None
         try:
-            pending, (preprocess, vision) = self.submitted.result()
+            if isinstance(self._outcome, Exception):
+                raise self._outcome
+            pending, (preprocess, vision) = self._outcome
             answer = pending.result()
         except InputError as error:
             return Result(self.row, error=Failure.of(error))
@@ -93,19 +104,22 @@ class _Asked:
         return Result(self.row, dataclasses.replace(answer, timings=timings))
 
     def cancel(self) -> None:
-        if self.submitted.done() and self.submitted.exception() is None:
-            self.submitted.result()[0].cancel()
+        if isinstance(self._outcome, tuple):
+            self._outcome[0].cancel()
 
 
 class _Answering:
-    """One run of `answer_rows`: the caller's thread reads rows and yields results, others decode, one feeds the engine."""
+    """One run of `answer_rows`: the caller's thread reads rows and yields results, others decode, one feeds the engine.
+
+    The caller's thread, which Ctrl-C may interrupt anywhere, shares only queues with the others: no lock can stay locked.
+    """
 
     def __init__(self, engine: Engine, options: GenerateOptions) -> None:
         self._engine, self._options = engine, options
         self._recent: OrderedDict[str, _Picture] = OrderedDict()
+        self._to_decode = queue.SimpleQueue[tuple[Row, _Picture] | None]()
         self._to_feed = queue.SimpleQueue[tuple[_Asked, _Picture] | None]()
         self._stopping = False
-        # semaphores that Ctrl-C cannot leave locked
         self._places, self._room = queue.SimpleQueue[None](), queue.SimpleQueue[None]()
         for _ in range(PLACES):
             self._places.put(None)
@@ -114,45 +128,56 @@ class _Answering:
 
     def results(self, rows: Iterable[Row], threads: int) -> Generator[Result]:
         window: deque[_Asked] = deque()
-        pool = ThreadPoolExecutor(threads, "pgfast-decode")
-        feeder = threading.Thread(target=self._feed, name="pgfast-feed", daemon=True)
-        feeder.start()
+        workers = [threading.Thread(target=self._decode, name="pgfast-decode", daemon=True) for _ in range(threads)]
+        workers.append(threading.Thread(target=self._feed, name="pgfast-feed", daemon=True))
         try:
+            for worker in workers:
+                worker.start()
             for row in rows:
-                window.append(self._enter(row, pool))
+                window.append(self._enter(row))
                 while window and (len(window) >= WINDOW or window[0].done):
                     yield window.popleft().result()
             while window:
                 yield window.popleft().result()
         finally:
             self._stopping = True
-            pool.shutdown(cancel_futures=True)
+            for _ in range(threads):
+                self._to_decode.put(None)
             self._to_feed.put(None)
             self._room.put(None)  # in case the feeder waits for it
-            feeder.join()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
             for asked in window:
                 asked.cancel()
 
-    def _enter(self, row: Row, pool: ThreadPoolExecutor) -> _Asked:
+    def _enter(self, row: Row) -> _Asked:
         """Start on a row; waits while enough pictures are ahead."""
         asked = _Asked(dataclasses.replace(row, picture="") if row.embedded else row)
         if row.error is not None:
             return asked
         picture = self._recent.pop(row.picture, None)
         if picture is None:
-            places = min(1 + len(row.picture) // PLACE_BYTES, PLACES) if row.embedded else 1
-            for _ in range(places):
+            picture = _Picture(min(1 + len(row.picture) // PLACE_BYTES, PLACES) if row.embedded else 1)
+            for _ in range(picture.places):
                 self._places.get()
-            picture = _Picture(pool.submit(self._prepare, row), places)
+            self._to_decode.put((row, picture))
         self._recent[row.picture] = picture  # to the end of the line
         if len(self._recent) > RECENT:
             self._recent.popitem(last=False)
         self._to_feed.put((asked, picture))
         return asked
 
-    def _prepare(self, row: Row) -> tuple[PreparedImage, float]:
-        start = time.perf_counter()
-        return self._engine.prepare_image(picture_of(row)), time.perf_counter() - start
+    def _decode(self) -> None:
+        while (item := self._to_decode.get()) is not None:
+            row, picture = item
+            start = time.perf_counter()
+            try:
+                if self._stopping:
+                    raise _unwanted()
+                picture.prepared.set_result((self._engine.prepare_image(picture_of(row)), time.perf_counter() - start))
+            except Exception as error:  # noqa: BLE001 - the row's own, or the reader's to raise
+                picture.prepared.set_exception(error)
 
     def _feed(self) -> None:
         """Encode pictures, several in a run if they are there, and put their questions into the running batch."""
@@ -171,9 +196,9 @@ class _Answering:
             failure = self._encode([picture for _, picture in group])
             for asked, picture in group:
                 try:
-                    asked.submitted.set_result(self._submit(asked.row, picture, failure))
-                except Exception as error:  # noqa: BLE001 - the row's own, or the reader's to raise
-                    asked.submitted.set_exception(error)
+                    asked.submitted(self._submit(asked.row, picture, failure))
+                except Exception as error:  # noqa: BLE001 - as in _decode
+                    asked.submitted(error)
 
     def _encode(self, pictures: Iterable[_Picture]) -> Exception | None:
         """Run the vision encoder for pictures that are new; what keeps it from running belongs to all of them."""
@@ -184,7 +209,7 @@ class _Answering:
             encoded = self._engine.encode_images([picture.prepared.result()[0] for picture in good])
             for picture, image in zip(good, encoded, strict=True):
                 picture.encoded, picture.seconds = image, (picture.prepared.result()[1], time.perf_counter() - start)
-        except Exception as error:  # noqa: BLE001 - as in _feed
+        except Exception as error:  # noqa: BLE001 - as in _decode
             return error
         finally:
             for picture in new.values():
@@ -205,7 +230,7 @@ class _Answering:
         release = partial(self._room.put, None)
         try:
             if self._stopping:
-                raise PgfastError("nobody waits for the answers any more")
+                raise _unwanted()
             pending = self._engine.submit(
                 picture.encoded,
                 row.question,
@@ -221,6 +246,10 @@ class _Answering:
             raise
         seconds, picture.seconds = picture.seconds, (0.0, 0.0)
         return pending, seconds
+
+
+def _unwanted() -> PgfastError:
+    return PgfastError("nobody waits for the answer any more")
 
 
 def picture_of(row: Row) -> str | bytes:

@@ -78,6 +78,8 @@ def open_source(path: str, defaults: Defaults | None = None) -> Source:
         InputError: There is no such input, or it is of another kind.
     """
     defaults = defaults or Defaults()
+    if "\0" in path:
+        raise InputError("a null byte is in the name of the input")
     if path == "-":
         return StdinSource(defaults)
     if os.path.isdir(path):
@@ -267,7 +269,7 @@ def _cells(file: BinaryIO) -> Iterator[list[str] | RowError]:
             # a path need not be UTF-8; a question is refused later
             yield "" if long else line.decode("utf-8", "surrogateescape")
 
-    reader = csv.reader(lines())
+    reader = csv.reader(lines(), strict=True)  # rather an error row than a guess
     while True:
         try:
             cells = next(reader, None)
