@@ -17,7 +17,7 @@ from typing import Any
 
 FAULTS = ("none", "500", "wrong", "leak", "threads", "no-retry", "log", "slow", "dies", "stuck")
 SLOTS = 8
-SECONDS = 0.01
+SECONDS = 0.02
 """Of one answer; so many answers a second at most: SLOTS / SECONDS."""
 SCHEMA = {
     "openapi": "3.1.0",
@@ -70,7 +70,7 @@ async def answer(body: bytes) -> tuple[int, Any, str]:
         if fault == "stuck":
             await asyncio.sleep(1000)
         return 400, {"error": {"message": "no"}}, ""
-    if running >= 80:
+    if running >= 40:
         if fault == "slow":
             await asyncio.sleep(0.4)
         return 429, {"error": {"message": "later"}}, "" if fault == "no-retry" else "Retry-After: 1\r\n"

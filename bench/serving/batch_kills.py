@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
 import random
 import shutil
-import signal
 import subprocess
 import time
 from collections import Counter
@@ -18,6 +20,10 @@ from pgfast.errors import PgfastError
 from .questions import picture, question
 from .settings import Settings
 
+STARTING = 0.15
+"""Share of the lives that end before the first row."""
+A_MOMENT = 0.01
+"""Seconds, about what a few rows take."""
 Part = dict[str, Any]
 
 
@@ -40,14 +46,15 @@ def measure_batch(settings: Settings, folder: Path, say: Callable[[str], None]) 
     start = start_seconds(command, job, folder)
     undisturbed = _finish(command, job, whole, folder)
     say(f"undisturbed: {undisturbed:.1f} s for {settings.rows} rows, start {start:.1f} s")
-    lives = run_with_kills(settings, command, job, killed, start, undisturbed)
+    lives = run_with_kills(settings, command, job, killed, start)
     say(f"killed {len(lives)} times at {[life['rows'] for life in lives]} rows")
     last = _finish(command, job, killed, folder)
+    counts = [0, *(int(life["rows"]) for life in lives)]
     spent = sum(life["seconds"] for life in lives) + last
     return {
         "rows": settings.rows,
         "kills": len(lives),
-        "kills_while_starting": sum(life["rows"] == before for life, before in _pairs(lives)),
+        "kills_while_starting": sum(before == after for before, after in itertools.pairwise(counts)),
         "start_seconds": start,
         "undisturbed_seconds": undisturbed,
         "disturbed_seconds": spent,
@@ -76,34 +83,49 @@ def start_seconds(command: Sequence[str], job: Path, folder: Path) -> float:
     return _finish(command, one, folder / "one-out.jsonl", folder)
 
 
-def run_with_kills(
-    settings: Settings, command: Sequence[str], job: Path, out: Path, start: float, undisturbed: float
-) -> list[Part]:
-    """Kill the job again and again; each life ends at a moment drawn evenly from none to twice its fair share of the work.
+def run_with_kills(settings: Settings, command: Sequence[str], job: Path, out: Path, start: float) -> list[Part]:
+    """Kill the job again and again: some lives end while it starts, most a moment after a row that is drawn evenly.
 
     Returns:
         For each life its `seconds`, and `rows`, the lines in the output when it had ended.
     """
     rng = random.Random(settings.seed)
-    per_row = max(0.0, undisturbed - start) / settings.rows
     lives: list[Part] = []
     rows = 0
     for left in range(settings.kills, 0, -1):
-        remaining = (settings.rows - rows) * per_row
-        # never so late that nothing is left to kill, however lucky the life
-        wait = min(rng.uniform(0, 2 * (start + remaining / (left + 1))), start + 0.8 * remaining)
+        remaining = settings.rows - rows
+        # of each life's fair share none to twice as much; never so much that nothing is left to kill
+        wanted = rows + min(rng.uniform(0, 2 * remaining / (left + 1)), 0.7 * remaining)
+        moment = rng.uniform(0, start) if rng.random() < STARTING else None
         began = time.perf_counter()
         with (out.parent / "killed.log").open("ab") as log:
             process = subprocess.Popen([*command, str(job), str(out)], stdout=log, stderr=log)
         try:
-            process.wait(wait)
+            if moment is None:
+                _wait_for_lines(process, out, math.ceil(wanted))
+                process.wait(rng.uniform(0, A_MOMENT))
+            else:
+                process.wait(moment)
             break  # faster than thought: the job is done
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
         rows = out.read_bytes().count(b"\n") if out.exists() else 0
         lives.append({"seconds": time.perf_counter() - began, "rows": rows})
     return lives
+
+
+def _wait_for_lines(process: subprocess.Popen[bytes], out: Path, wanted: int) -> None:
+    """Return when the output has so many lines, or the process has ended."""
+    size = lines = 0
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError), out.open("rb") as file:
+            file.seek(size)
+            added = file.read()
+            size, lines = size + len(added), lines + added.count(b"\n")
+        if lines >= wanted:
+            return
+        time.sleep(0.001)
 
 
 def compare(whole: Path, killed: Path, rows: int) -> Part:
@@ -140,8 +162,3 @@ def _finish(command: Sequence[str], job: Path, out: Path, folder: Path) -> float
             f"the batch command ended with code {done.returncode}: {said[-1][:300] if said else 'it printed nothing'}"
         )
     return time.perf_counter() - start
-
-
-def _pairs(lives: list[Part]) -> list[tuple[Part, int]]:
-    """Each life with the rows that there were before it."""
-    return list(zip(lives, [0, *(int(life["rows"]) for life in lives[:-1])], strict=True))

@@ -6,11 +6,13 @@ import gc
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from pgfast.errors import PgfastError
 
 BROKEN = 0
 """Status of a request whose connection ended before the whole response was there."""
@@ -130,7 +132,10 @@ class _Pool:
         self.busy = 0
 
     def open(self) -> _Connection:
-        connection = _Connection(self.address)
+        try:
+            connection = _Connection(self.address)
+        except OSError as error:
+            raise PgfastError(f"the server at {self.address[0]}:{self.address[1]} takes no connection: {error}") from error
         self.selector.register(connection.sock, selectors.EVENT_READ, connection)
         return connection
 
@@ -206,6 +211,9 @@ def closed_loop(address: Address, requests: Sequence[bytes], clients: int, secon
         clients: Connections.
         seconds: For which they ask.
         patience: Seconds to wait for what is under way then; what is missing after it counts as broken.
+
+    Raises:
+        PgfastError: A connection was refused.
     """
     start = time.perf_counter()
     load = Load(start, seconds)
@@ -235,7 +243,6 @@ def open_loop(
     seed: int = 0,
     most: int = 2000,
     patience: float = 30.0,
-    at_end: Callable[[], None] = lambda: None,
 ) -> Load:
     """Send requests at random moments (Poisson), however long the answers take.
 
@@ -247,7 +254,9 @@ def open_loop(
         seed: Of the moments.
         most: Connections; a request that finds none is dropped and counted.
         patience: As in `closed_loop`.
-        at_end: Called when the last request is sent.
+
+    Raises:
+        PgfastError: A connection was refused.
     """
     gaps = np.random.default_rng([seed, 1]).exponential(1 / rate, int(rate * seconds * 1.2) + 100)
     start = time.perf_counter()
@@ -268,7 +277,6 @@ def open_loop(
                     number += 1
                 if number < len(dues):
                     pool.wait(dues[number] - time.perf_counter())
-            at_end()
             _finish(pool, patience)
     finally:
         pool.close()

@@ -67,9 +67,9 @@ def _overload(p: dict[str, Any]) -> list[str]:
         f"Overload: capacity {rate(p['capacity'])}, offered {rate(p['offered_rate'])} at random moments for "
         f"{p['settings']['seconds']:.0f} s: {p['requests']:,} requests, {share(a['share'])} accepted, {rate(a['rate'])} "
         f"answered ({share(a['rate'] / p['capacity'])} of the capacity). Accepted: {latency(a['latency'])}.",
-        f"Refused: {r['count']:,}, {latency(r['latency'])}. The client sent late by {seconds(c['late']['p99'])} at p99, which "
-        f"counts in all latencies, took {1000 * c['cpu_per_request']:.2f} ms of processor time per request, and had no connection "
-        f"left for {p['dropped_by_client']} requests.",
+        f"Refused: {r['count']:,}, {latency(r['latency'])}. The client sent late by {seconds(c['late']['p99'])} at p99 "
+        f"(inside all latencies), took {1000 * c['cpu_per_request']:.2f} ms of processor time per request, and had no "
+        f"connection left for {p['dropped_by_client']} requests.",
         f"Resident memory: {first} at the start, {last} at the end, {peak} at most.",
         f"Rate in the half seconds after the end, over the capacity: {windows}.",
     ]

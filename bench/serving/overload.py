@@ -23,13 +23,13 @@ WINDOW = 0.5
 """Seconds over which the rate after the load is taken."""
 FULL = 0.9
 """Share of the rate before that counts as full speed again."""
-AFTER_SECONDS = 5.0
+BEFORE_SECONDS, AFTER_SECONDS = 10.0, 5.0
 Part = dict[str, Any]
 
 
 def measure_overload(settings: Settings, server: Server) -> Part:
     """Measure the capacity, offer a multiple of it, and measure it again at once."""
-    before_seconds = min(10.0, max(1.0, settings.seconds / 6))
+    before_seconds = min(BEFORE_SECONDS, settings.seconds / 2)
     after_seconds = min(AFTER_SECONDS, settings.seconds)
     few = [request(settings.seed + 1, number) for number in range(256)]
     warm = closed_loop(server.address, few, settings.clients, settings.warmup).rate()
@@ -43,7 +43,7 @@ def measure_overload(settings: Settings, server: Server) -> Part:
     rate = settings.overload * capacity
     requests = [request(settings.seed + 3, n) for n in range(min(MOST_QUESTIONS, math.ceil(rate * settings.seconds)))]
     cpu = server.usage().cpu
-    with watching(lambda: server.usage().memory) as memory:
+    with watching(lambda: server.usage().memory, min(1.0, settings.seconds / 20)) as memory:
         load = open_loop(server.address, requests, rate, settings.seconds, seed=settings.seed)
     cpu = server.usage().cpu - cpu
     after = closed_loop(server.address, second, settings.clients, after_seconds)

@@ -26,6 +26,9 @@ TROUBLE = re.compile(
 )
 """What must not be in a server's log while it is sent rubbish."""
 
+QUIET = 1.0
+"""Seconds without a change after which nothing more is expected to be closed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -119,11 +122,11 @@ class Server:
         return Usage(*(sum(numbers) for numbers in zip(*parts, strict=True))) if parts else Usage(0, 0, 0, 0.0)
 
     def settled(self, seconds: float = 10.0) -> Usage:
-        """What it holds when its connections are closed: waits until files and threads stay as they are for a second."""
+        """What it holds when its connections are closed: waits until files and threads stay as they are for `QUIET` seconds."""
         end, now = time.perf_counter() + seconds, self.usage()
         quiet = time.perf_counter()
-        while time.perf_counter() < min(end, quiet + 1.0):
-            time.sleep(0.1)
+        while time.perf_counter() < min(end, quiet + QUIET):
+            time.sleep(QUIET / 10)
             before, now = now, self.usage()
             if (before.files, before.threads) != (now.files, now.threads):
                 quiet = time.perf_counter()

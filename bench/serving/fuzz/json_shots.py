@@ -125,6 +125,7 @@ ENCODED = (
     "\n" * 10_000,
     "\uff21" * 4,
 )
+MANY_KEYS = b"{" + b",".join(b'"k%d":%d' % (i, i) for i in range(20_000)) + b"}"
 
 
 def _answer_object() -> dict[str, Any]:
@@ -197,7 +198,7 @@ def keys(rng: Random) -> Shot:
         text[:-1] + b', "%s": null}' % name,
         text[:-1] + b', "unknown": 1}',
         text[:-1] + b', "__proto__": {"a": 1}, "__class__": 1}',
-        b"{" + b",".join(b'"k%d":%d' % (i, i) for i in range(20_000)) + b"}",
+        MANY_KEYS,
         b'{"' + b"k" * 100_000 + b'": 1}',
         b"{}",
         b"[]",

@@ -11,22 +11,13 @@ from random import Random
 
 from PIL import Image
 
-from ..questions import json_body, picture
+from ..questions import json_body, picture, png, png_chunk
 from .shot import Kind, Shot, post
 
 BOUNDARY = b"xXx"
 MULTIPART = f"multipart/form-data; boundary={BOUNDARY.decode()}"
 BOMB = 100 * 2**20
 """Bytes that a bomb of a few hundred kilobytes unpacks to."""
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def _png(width: int, height: int, data: bytes, *, depth: int = 8, colour: int = 2, extra: bytes = b"") -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + extra + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
 @lru_cache
@@ -67,16 +58,16 @@ def _jpeg(width: int, height: int) -> bytes:
 
 
 BOMBS: tuple[Callable[[], bytes], ...] = (
-    lambda: _png(65535, 65535, _zeros(1000)),
-    lambda: _png(2**31 - 1, 2**31 - 1, _zeros(1000)),
-    lambda: _png(2**32 - 1, 1, _zeros(1000)),
-    lambda: _png(0, 0, b""),
-    lambda: _png(28_000, 28_000, _zeros(28_000 * 3501), depth=1, colour=0),  # honest: 784 megapixels in 100 KB
-    lambda: _png(64, 64, _zeros(BOMB)),  # far more data than it has pixels
-    lambda: _png(64, 64, _zeros(64 * 193), extra=_chunk(b"iCCP", b"a\x00\x00" + _zeros(BOMB))),
-    lambda: _png(64, 64, _zeros(64 * 193), extra=_chunk(b"zTXt", b"a\x00\x00" + _zeros(BOMB))),
-    lambda: _png(64, 64, _zeros(64 * 193), extra=_chunk(b"iTXt", b"a\x00\x01\x00\x00\x00" + _zeros(BOMB))),
-    lambda: _png(64, 64, _zeros(64 * 193), extra=b"".join(_chunk(b"tEXt", b"k%d\x00v" % i) for i in range(20_000))),
+    lambda: png(65535, 65535, _zeros(1000)),
+    lambda: png(2**31 - 1, 2**31 - 1, _zeros(1000)),
+    lambda: png(2**32 - 1, 1, _zeros(1000)),
+    lambda: png(0, 0, b""),
+    lambda: png(28_000, 28_000, _zeros(28_000 * 3501), depth=1, colour=0),  # honest: 784 megapixels in 100 KB
+    lambda: png(64, 64, _zeros(BOMB)),  # far more data than it has pixels
+    lambda: png(64, 64, _zeros(64 * 193), extra=png_chunk(b"iCCP", b"a\x00\x00" + _zeros(BOMB))),
+    lambda: png(64, 64, _zeros(64 * 193), extra=png_chunk(b"zTXt", b"a\x00\x00" + _zeros(BOMB))),
+    lambda: png(64, 64, _zeros(64 * 193), extra=png_chunk(b"iTXt", b"a\x00\x01\x00\x00\x00" + _zeros(BOMB))),
+    lambda: png(64, 64, _zeros(64 * 193), extra=b"".join(png_chunk(b"tEXt", b"k%d\x00v" % i) for i in range(20_000))),
     lambda: (
         b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x02\x02L\x01\0;"
     ),
