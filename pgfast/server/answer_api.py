@@ -1,0 +1,146 @@
+"""POST /v1/answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from pgfast.types import GenerateOptions
+
+from .bodies import decode_picture, invalid, off_loop, parse_json, read_body
+from .config import ServerConfig
+from .forms import parse_form
+from .http_errors import ApiError
+from .service import AnswerService, Ask, Served
+from .streams import EventStream
+
+LISTS = frozenset(("choices", "stop"))
+
+
+class RemotePicture(BaseModel):
+    """A picture that the server fetches, from the hosts that it was allowed to."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    url: str
+
+
+class AnswerFields(BaseModel):
+    """What can be asked about a picture."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    question: str | None = None
+    prompt: str | None = None
+    choices: list[str] | None = Field(None, max_length=256)
+    language: str = Field("en", max_length=64)
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: list[str] = Field([], max_length=16)
+
+    def ask(self, picture: bytes) -> Ask:
+        """The question to the service."""
+        if (self.question is None) == (self.prompt is None):
+            raise ApiError(400, "invalid_request", "give a question, or a prompt, and not both")
+        options = GenerateOptions(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, tuple(self.stop))
+        choices = tuple(self.choices) if self.choices is not None else None
+        return Ask(picture, self.question, self.prompt, choices, self.language, options)
+
+
+class AnswerRequest(AnswerFields):
+    """The body of POST /v1/answer."""
+
+    image: str | RemotePicture
+    """The picture file as base64 or as a data URI, or where to fetch it."""
+
+
+def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
+    """The routes of this file."""
+
+    async def answer(request: Request) -> Any:
+        ask = await _read(request, service, config)
+        if request.query_params.get("stream", "0") in ("1", "true"):
+            return EventStream(_events(service, ask))
+        return Response(answer_json(service, await service.answer(ask)), media_type="application/json")
+
+    return [Route("/v1/answer", answer, methods=["POST"])]
+
+
+async def _read(request: Request, service: AnswerService, config: ServerConfig) -> Ask:
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind not in ("application/json", "multipart/form-data"):
+        raise ApiError(415, "unsupported_media_type", "send application/json or multipart/form-data")
+    body = await read_body(request, config.max_body)
+    if kind == "application/json":
+        fields, picture = await off_loop(len(body), _read_json, body)
+    else:
+        fields, picture = await off_loop(len(body), _read_form, content_type.encode("latin-1"), body)
+    return fields.ask(picture if isinstance(picture, bytes) else await service.fetch_picture(picture.url))
+
+
+def _read_json(body: bytes) -> tuple[AnswerFields, bytes | RemotePicture]:
+    asked = parse_json(AnswerRequest, body)
+    return asked, decode_picture(asked.image) if isinstance(asked.image, str) else asked.image
+
+
+def _read_form(content_type: bytes, body: bytes) -> tuple[AnswerFields, bytes]:
+    picture, values = None, dict[str, Any]()
+    for part in parse_form(content_type, body):
+        name, content = part.name, bytes(part.content)
+        if name == "image" and picture is None:
+            picture = content if part.is_file else decode_picture(content.decode("latin-1"))
+        elif name in LISTS:
+            values.setdefault(name, []).append(_text(name, content))
+        elif name == "image" or name in values:
+            raise ApiError(400, "invalid_request", f"{name}: it is there twice", param=name)
+        else:
+            values[name] = _text(name, content)
+    if picture is None:
+        raise ApiError(400, "invalid_request", "image: Field required", param="image")
+    try:
+        return AnswerFields.model_validate(values, strict=False), picture
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ApiError(400, "invalid_request", "a field of the form is not UTF-8", param=None) from None
+
+
+def answer_json(service: AnswerService, answer: Served) -> bytes:
+    """The response's body."""
+    found = {
+        "id": f"answer-{uuid.uuid4().hex}",
+        "model": service.model,
+        "text": answer.text,
+        "confidence": answer.confidence,
+        "token_logprobs": answer.token_logprobs,
+        "finish_reason": answer.finish_reason,
+        "choices": answer.choices,
+        "image": {"width": answer.width, "height": answer.height},
+        "timings": {**dataclasses.asdict(answer.timings), "queue": answer.queue},
+    }
+    return json.dumps(found, ensure_ascii=False).encode()
+
+
+async def _events(service: AnswerService, ask: Ask) -> AsyncGenerator[bytes]:
+    async with aclosing(service.stream(ask)) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, str):
+                yield b"event: piece\ndata: %b\n\n" % json.dumps({"text": piece}, ensure_ascii=False).encode()
+            else:
+                yield b"event: answer\ndata: %b\n\n" % answer_json(service, piece)
