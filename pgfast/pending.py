@@ -11,6 +11,7 @@ import numpy as np
 from pgfast.prompt import Tokenizer, cut_at_stop, safe_length
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.ticket import Ticket
+from pgfast.token_texts import TokenTexts
 from pgfast.types import Answer, GenerateOptions, Timings
 
 
@@ -63,6 +64,25 @@ class Pending:
         done, stop = self.done, self._options.stop  # first: tokens may come in between
         text = cut_at_stop(self._tokenizer.decode(list(self._row.token_ids)), stop)
         return text if done else text[: safe_length(text, stop)]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the question takes: the picture's, `<bos>`, text and newline."""
+        tokens: int = self._ticket.prompt_length
+        return tokens
+
+    def tokens(self) -> tuple[list[int], list[float]]:
+        """Return ids and natural log-probabilities so far; of choices nothing before the end, and then the best one's."""
+        row = self._row
+        if isinstance(row, Generation):
+            logprobs = list(row.token_logprobs)  # first: the engine's thread appends to it last
+            return row.token_ids[: len(logprobs)], logprobs
+        answer = self.result() if self.done else None
+        return ([], []) if answer is None else (list(answer.token_ids), list(answer.token_logprobs))
+
+    def token_texts(self) -> TokenTexts:
+        """Start to say which token brings which part of the text; if it is `done`, for any bytes that the model made."""
+        return TokenTexts(self._tokenizer, self._tokenizer.decode(self.tokens()[0]) if self.done else None)
 
     def pieces(self) -> Iterator[str]:
         """Yield pieces of text that add up to the whole, if it was submitted with `streaming`; leaving early cancels.

@@ -24,6 +24,7 @@ SEPARATOR = "\n"
 """Ends the prompt; the answer follows it."""
 
 _RESERVED = re.compile(r"<(?:image|pad|eos|bos|unk|loc\d{4}|seg\d{3})>")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _LOCATION = re.compile(r"<(?:loc\d{4}|seg\d{3})>")
 
 
@@ -163,6 +164,11 @@ class Tokenizer:
             if not text.endswith("\ufffd") or dropped >= len(ids):
                 return text
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def byte(self, id: int) -> bytes | None:
+        """Return the byte that a token of byte fallback (`<0xE2>`) stands for; None: it is another token."""
+        found = _BYTE.fullmatch(self._tokenizer.id_to_token(id) or "")
+        return bytes.fromhex(found[1]) if found else None
 
     def decode_with_markers(self, ids: Sequence[int]) -> str:
         """Return the text of ids with `<bos>`, `<eos>` and all other markers, to look at."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from . import answer_api, health
+from . import answer_api, chat_api, health, openapi
 from .access import Access
 from .admission import Admit
 from .config import ServerConfig
@@ -31,8 +31,11 @@ def build_app(engine: Engine, config: ServerConfig) -> Starlette:
     """
     service = AnswerService(engine, config)
     routes = [
-        *health.routes(service, config),
+        # in the order of their use: they are tried one after the other
         *answer_api.routes(service, config),
+        *chat_api.routes(service, config),
+        *health.routes(service, config),
+        *openapi.routes(service, config),
     ]
     middleware = [
         Middleware(CountRequests, service.metrics, routes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 
+from pgfast.cli import printable
 from pgfast.errors import MissingDependencyError
 
 MIB = 2**20
@@ -58,13 +60,32 @@ def serve(model: str | None, provider: str, threads: int | None, host: str, port
             raise MissingDependencyError(module, "serve") from error
     from pgfast.cli.options import load_engine
 
-    from .serving import bind, run, url_of
+    from .serving import Server, bind, url_of
 
     config = _config(given)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="pgfast: %(levelname)s: %(message)s")
+    _log_to_stderr()
     sock = bind(host, port)
     with sock, load_engine(model, provider, threads) as engine:
-        run(engine, config, sock, lambda: print(f"pgfast: serving on {url_of(sock)}", file=sys.stderr, flush=True))
+
+        def on_ready() -> None:
+            gc.collect()
+            gc.freeze()  # a million objects of libraries, that later collections need not look at
+            print(f"pgfast: serving on {url_of(sock)}", file=sys.stderr, flush=True)
+
+        Server(engine, config, on_ready).run([sock])
+
+
+class _OneLine(logging.Formatter):
+    """Messages may hold what strangers sent: one line each, nothing that a terminal obeys; a bug keeps its traceback."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))[:500]
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s pgfast %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def _config(given: dict[str, Any]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from starlette.requests import Request
 
-from pgfast.types import Answer, EncodedImage, GenerateOptions
+from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
 
 from .admission import TASKS, Admission
 from .config import ServerConfig
@@ -212,16 +211,19 @@ class _Question:
         metrics.first_token.observe(before + engine.ttft)
         if later > 0:
             metrics.later_token.observe(engine.decode / later)
-        times = dataclasses.replace(
-            engine,
-            preprocess=engine.preprocess + self._preprocess,
-            vision=self._vision,
-            ttft=before + engine.ttft,
-            total=before + engine.total,
+        preprocess, ttft, total = engine.preprocess + self._preprocess, before + engine.ttft, before + engine.total
+        return Served(
+            answer.text,
+            answer.confidence,
+            answer.token_ids,
+            answer.token_logprobs,
+            answer.finish_reason,
+            answer.choices,
+            Timings(preprocess, self._vision, engine.prefill, engine.decode, ttft, total),
+            width=self._image.width,
+            height=self._image.height,
+            queue=max(0.0, total - preprocess - self._vision - engine.prefill - engine.decode),
         )
-        queue = times.total - times.preprocess - times.vision - times.prefill - times.decode
-        fields = {field.name: getattr(answer, field.name) for field in dataclasses.fields(Answer)} | {"timings": times}
-        return Served(**fields, width=self._image.width, height=self._image.height, queue=max(0.0, queue))
 
 
 async def with_disconnect(request: Request, awaitable: Awaitable[T]) -> T:
