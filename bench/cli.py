@@ -180,3 +180,60 @@ def training(out: Path, **words: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     measure(Settings(**words), out / "results.json", lambda line: print(f"pgfast: {line}", file=sys.stderr))
     print(write_report(out / "results.json", out))
+
+
+@bench.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of serving.json.")
+@click.option("--only", metavar="PARTS", help="load, overload, malformed, batch, separated by commas [default: all].")
+@click.option("-m", "--model", metavar="BUNDLE", help="Bundle folder [default: the demo model].")
+@click.option("--clients", type=click.IntRange(1), default=64, show_default=True, help="Of load.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=60.0, show_default=True, help="Of load, and of overload.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=4, show_default=True, help="In which load alternates with answer_batch."
+)
+@click.option("--warmup", type=click.FloatRange(0.1), default=3.0, show_default=True, help="Seconds of load beforehand.")
+@click.option("--overload", type=click.FloatRange(1.0), default=3.0, show_default=True, help="Offered rate over capacity.")
+@click.option("--requests", type=click.IntRange(1), default=10_000, show_default=True, help="Malformed ones.")
+@click.option("--rows", type=click.IntRange(1), default=10_000, show_default=True, help="Of the batch job.")
+@click.option("--kills", type=click.IntRange(0), default=20, show_default=True, help="Of the batch job.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--serve-flag", "serve_flags", multiple=True, help="Word for 'pgfast serve'; may be repeated.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), default="build/bench-serving", show_default=True, help="Pictures, logs, outputs."
+)
+def serve(out: Path, only: str | None, **words: Any) -> None:
+    """Measure `pgfast serve` and `pgfast batch` under load, over capacity, fed with rubbish, and killed.
+
+    Writes serving.json into OUT; parts that are there already and are not measured now are kept. Exits with 1 if a promise of
+    docs/serving.md is not kept.
+    """
+    from .serving.figures import missed
+    from .serving.run import measure
+    from .serving.settings import Settings
+
+    def say(line: str) -> None:
+        print(f"pgfast: {line}", file=sys.stderr)
+
+    if only is not None:
+        words["parts"] = tuple(only.split(","))
+    settings = Settings(**words)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = missed(measure(settings, out / "serving.json", say), settings.parts)
+    for line in lines:
+        print(f"missed: {line}")
+    print(out / "serving.json")
+    sys.exit(1 if lines else 0)
+
+
+@bench.command()
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Document whose figures are replaced [default: print].")
+def serving(results: Path, out: Path | None) -> None:
+    """Make the figures of docs/serving.md from RESULTS (serving.json of 'bench serve')."""
+    from .serving import figures
+    from .serving.run import read
+
+    if out is None:
+        print(figures.markdown(str(results), read(results)), end="")
+    else:
+        figures.write(str(results), read(results), out)
