@@ -80,12 +80,6 @@ def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: i
     raise ProviderError("no provider works: " + "; ".join(failures))
 
 
-def _open_tokenizer(bundle: Bundle) -> Tokenizer:
-    tokenizer = Tokenizer(bundle.path(TOKENIZER), bos_id=bundle.manifest.tokens.bos)
-    tokenizer.check_ids(bundle.manifest.dimensions.vocab_size)
-    return tokenizer
-
-
 class Engine:
     """A loaded bundle; make one with `pgfast.load`.
 
@@ -97,7 +91,8 @@ class Engine:
         manifest = bundle.manifest
         self._bundle, self._target = bundle, target
         with ThreadPoolExecutor(1) as pool:  # 257,000 entries take a second to parse: beside the graphs
-            tokenizer = pool.submit(_open_tokenizer, bundle)
+            path, ids = bundle.path(TOKENIZER), (manifest.tokens.bos, manifest.dimensions.vocab_size)
+            tokenizer = pool.submit(Tokenizer.open, path, *ids)
             self._model = Model(bundle, target, threads)
             self._tokenizer = tokenizer.result()
         self._pictures = PictureEncoder(manifest, self._model)

@@ -48,6 +48,13 @@ class Tokenizer:
             raise BundleError(f"{path.name} is not a usable tokenizer file: {_one_line(error)}") from error
 
     @classmethod
+    def open(cls, path: Path, bos_id: int, vocab_size: int) -> Tokenizer:
+        """Open the tokenizer of a model with so many tokens (raises as the constructor and `check_ids`)."""
+        self = cls(path, bos_id=bos_id)
+        self.check_ids(vocab_size)
+        return self
+
+    @classmethod
     def wrap(cls, tokenizer: _Tokenizer, *, bos_id: int) -> Tokenizer:
         """Wrap a tokenizer that is already in memory (used where the demo model is trained)."""
         self = cls.__new__(cls)
