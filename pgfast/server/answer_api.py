@@ -100,7 +100,7 @@ def _read_json(body: bytes) -> tuple[AnswerFields, bytes | RemotePicture]:
 def _read_form(content_type: bytes, body: bytes) -> tuple[AnswerFields, bytes]:
     picture, values = None, dict[str, Any]()
     for part in parse_form(content_type, body):
-        name, content = part.name, bytes(part.content)
+        name, content = part.name, part.content
         if name == "image" and picture is None:
             picture = content if part.is_file else decode_picture(content.decode("latin-1"))
         elif name in LISTS:
