@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import os
 import queue
-import stat
 import threading
 import time
 from collections import OrderedDict, deque
@@ -17,12 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pgfast.engine import ENCODED_AHEAD
-from pgfast.errors import ImageError, InputError, PgfastError
+from pgfast.errors import InputError, PgfastError
 from pgfast.pictures import RECENT
 from pgfast.runtime.model import TOGETHER
 from pgfast.types import EncodedImage, GenerateOptions, PreparedImage
 
-from .rows import Failure, Result, Row
+from .rows import Failure, Result, Row, picture_of
 
 if TYPE_CHECKING:
     from pgfast.engine import Engine
@@ -33,6 +30,8 @@ WINDOW = 1024
 PLACES = 32
 """Pictures that are read and decoded ahead of the vision encoder; one inside its row takes a place for each `PLACE_BYTES`."""
 PLACE_BYTES = 8 * 2**20
+SECONDS_BETWEEN_LOOKS = 0.1
+"""While no further row may be read, for results that are there."""
 
 
 def answer_rows(
@@ -46,12 +45,12 @@ def answer_rows(
         engine: A loaded bundle, without `max_waiting`.
         rows: Read lazily, in the thread that asks for results.
         options: How to decode. With a seed, each row adds its number to it, so that equal rows draw differently.
-        threads: How many decode pictures; None: one per core, from 4 to 16.
+        threads: How many decode pictures; None: one per two cores, from 2 to 16.
 
     Raises:
         PgfastError: The engine cannot go on; no row is to blame.
     """
-    threads = threads or min(max(os.cpu_count() or 1, 4), 16)
+    threads = threads or min(max((os.cpu_count() or 1) // 2, 2), 16)
     return _Answering(engine, options or GenerateOptions()).results(rows, threads)
 
 
@@ -120,6 +119,8 @@ class _Answering:
         self._to_decode = queue.SimpleQueue[tuple[Row, _Picture] | None]()
         self._to_feed = queue.SimpleQueue[tuple[_Asked, _Picture] | None]()
         self._stopping = False
+        self._freed = 0
+        """Places to be given back; the feeder's."""
         self._places, self._room = queue.SimpleQueue[None](), queue.SimpleQueue[None]()
         for _ in range(PLACES):
             self._places.put(None)
@@ -134,7 +135,13 @@ class _Answering:
             for worker in workers:
                 worker.start()
             for row in rows:
-                window.append(self._enter(row))
+                picture = self._find(row)
+                needed = places = _places_of(row) if picture is None else 0
+                while needed:
+                    needed -= self._take_place()
+                    while window and window[0].done:
+                        yield window.popleft().result()
+                window.append(self._enter(row, picture, places))
                 while window and (len(window) >= WINDOW or window[0].done):
                     yield window.popleft().result()
             while window:
@@ -151,20 +158,32 @@ class _Answering:
             for asked in window:
                 asked.cancel()
 
-    def _enter(self, row: Row) -> _Asked:
-        """Start on a row; waits while enough pictures are ahead."""
+    def _find(self, row: Row) -> _Picture | None:
+        """Return the picture of a row if one of the rows just before asks about it too."""
+        picture = self._recent.pop(row.picture, None)
+        if picture is not None:
+            self._recent[row.picture] = picture  # to the end of the line
+        return picture
+
+    def _take_place(self) -> bool:
+        try:
+            self._places.get(timeout=SECONDS_BETWEEN_LOOKS)
+        except queue.Empty:
+            return False
+        return True
+
+    def _enter(self, row: Row, picture: _Picture | None, places: int) -> _Asked:
+        """Start on a row whose picture is known or has its places."""
         asked = _Asked(dataclasses.replace(row, picture="") if row.embedded else row)
         if row.error is not None:
             return asked
-        picture = self._recent.pop(row.picture, None)
         if picture is None:
-            picture = _Picture(min(1 + len(row.picture) // PLACE_BYTES, PLACES) if row.embedded else 1)
-            for _ in range(picture.places):
-                self._places.get()
+            picture = _Picture(places)
             self._to_decode.put((row, picture))
-        self._recent[row.picture] = picture  # to the end of the line
-        if len(self._recent) > RECENT:
-            self._recent.popitem(last=False)
+            if places == 1:  # the keys are the pictures themselves when they are inside rows
+                self._recent[row.picture] = picture
+            if len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
         self._to_feed.put((asked, picture))
         return asked
 
@@ -184,11 +203,15 @@ class _Answering:
         coming: deque[tuple[_Asked, _Picture]] = deque()
         while True:
             while not coming or not self._to_feed.empty():
+                if self._to_feed.empty():
+                    self._free(0)
                 if (item := self._to_feed.get()) is None:
                     return
                 coming.append(item)
             group = [coming.popleft()]
-            wait([group[0][1].prepared])
+            if not group[0][1].prepared.done():
+                self._free(0)
+                wait([group[0][1].prepared])
             while coming and coming[0][1].prepared.done() and len({id(picture) for _, picture in group}) < TOGETHER:
                 group.append(coming.popleft())
             if self._stopping:
@@ -213,10 +236,17 @@ class _Answering:
             return error
         finally:
             for picture in new.values():
-                for _ in range(picture.places):
-                    self._places.put(None)
+                self._freed += picture.places
                 picture.places = 0
+            self._free(PLACES // 2)
         return None
+
+    def _free(self, least: int) -> None:
+        """Give places back, many at once: each time the reader and the decoders wake up and take the interpreter's lock."""
+        if self._freed >= least:
+            for _ in range(self._freed):
+                self._places.put(None)
+            self._freed = 0
 
     def _submit(self, row: Row, picture: _Picture, failure: Exception | None) -> tuple[Pending, tuple[float, float]]:
         if failure is not None:
@@ -248,28 +278,12 @@ class _Answering:
         return pending, seconds
 
 
+def _places_of(row: Row) -> int:
+    """How many of `PLACES` a row's picture takes."""
+    if row.error is not None:
+        return 0
+    return min(1 + len(row.picture) // PLACE_BYTES, PLACES) if row.embedded else 1
+
+
 def _unwanted() -> PgfastError:
     return PgfastError("nobody waits for the answer any more")
-
-
-def picture_of(row: Row) -> str | bytes:
-    """Return what the engine takes as the row's picture: a path, or the bytes of a file.
-
-    Raises:
-        ImageError: It is no file, or not base64.
-    """
-    if not row.embedded:
-        try:
-            regular = stat.S_ISREG(os.stat(row.picture).st_mode)
-        except (OSError, ValueError):  # the engine says what is wrong
-            return row.picture
-        if not regular and not os.path.isdir(row.picture):  # a pipe, for example, would be waited for
-            raise ImageError(f"{row.picture} is not a file")
-        return row.picture
-    head, comma, data = row.picture.partition(",") if row.picture.startswith("data:") else ("", ",", row.picture)
-    if not comma or (head and not head.endswith(";base64")):
-        raise ImageError("the data URI is not base64: it should begin like data:image/png;base64,")
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"the picture in the row is not base64: {error}") from error

@@ -20,8 +20,8 @@ from pgfast.errors import InputError, PgfastError
 from pgfast.types import GenerateOptions, Timings
 from pgfast.validation import check_options
 
-from .rows import Failure, Result, Row
-from .sources import Source, Survey
+from .rows import Failure, Result, Row, Survey
+from .sources import Source
 
 FORMAT = 1
 _ERROR = b'"error": {'
