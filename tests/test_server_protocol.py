@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from server_tools import ASK, Running, read_all, serving, until
+from server_tools import ASK, HeldEngine, Running, read_all, serving, until
 
 import pgfast
 
@@ -145,6 +145,28 @@ def test_requests_one_behind_the_other(server: Running) -> None:
     assert raw.count(b"HTTP/1.1 200 OK") == 10
     assert raw.count(b'"text":"blue"') == 5
     assert raw.index(b'"text":"blue"') < raw.index(b"ok\n")  # in their order
+
+
+def test_who_leaves_with_requests_in_line_leaves_nothing_behind(demo: pgfast.Engine, caplog: pytest.LogCaptureFixture) -> None:
+    held = HeldEngine(demo)
+    with serving(held) as server:
+        with server.connect() as sock:
+            sock.sendall(POST * 3)
+            until(lambda: held.held)
+        until(lambda: not server.service.admission.taken and held.cancelled == 1)
+    assert not caplog.records
+
+
+def test_who_does_not_read_is_cut_off(demo: pgfast.Engine) -> None:
+    held = HeldEngine(demo)
+    with serving(held, timeout=0.5) as server, server.connect() as sock:
+        sock.sendall(POST.replace(b"/v1/answer", b"/v1/answer?stream=1"))
+        until(lambda: held.held)
+        held.held[0].text = lambda: "x" * 30_000_000  # more than all buffers between
+        held.held[0].on_progress()
+        until(lambda: not server.service.admission.taken)
+        assert held.cancelled == 1
+        until(lambda: not server.server.server_state.connections)  # closing alone would wait for the client
 
 
 def test_garbage_behind_a_request_ends_the_connection(server: Running) -> None:

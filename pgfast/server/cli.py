@@ -63,9 +63,8 @@ def serve(model: str | None, provider: str, threads: int | None, host: str, port
     from .serving import Server, bind, url_of
 
     config = _config(given)
-    _log_to_stderr()
-    sock = bind(host, port)
-    with sock, load_engine(model, provider, threads) as engine:
+    with bind(host, port) as sock, load_engine(model, provider, threads) as engine:
+        _log_to_stderr()
 
         def on_ready() -> None:
             gc.collect()

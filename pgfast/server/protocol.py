@@ -7,7 +7,7 @@ import logging
 from typing import Any, Literal
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .admission import TASKS
 from .config import ServerConfig
@@ -35,6 +35,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._untold = 0  # bytes of an unfinished head, or since the parser last said anything: it keeps them
         self._heard = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        self._cycles: list[RequestResponseCycle] = []  # pipelined requests may be several
         self._working: set[asyncio.Task[Any]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -49,6 +51,9 @@ class LimitedProtocol(HttpToolsProtocol):
         """Cancel what was done for the client."""
         super().connection_lost(exc)
         self._stop_waiting()
+        self.resume_writing()
+        for cycle in self._cycles:  # uvicorn tells only the last one
+            cycle.disconnected = True
         tasks = list(self._working)
         self._working.clear()  # how they know why
         for task in tasks:
@@ -91,6 +96,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._heard, self._part = True, "body"
         self._stop_waiting()
         super().on_headers_complete()
+        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
 
     def on_body(self, body: bytes) -> None:
         """A part of it."""
@@ -101,6 +107,18 @@ class LimitedProtocol(HttpToolsProtocol):
         """The next one may begin."""
         self._heard, self._part = True, None
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read; closing would wait for it."""
+        super().pause_writing()
+        self._patience = self._patience or self.loop.call_later(self._limits.timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does."""
+        super().resume_writing()
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def send_400_response(self, msg: str) -> None:
         """The parser has given up."""
