@@ -139,7 +139,7 @@ def _read_json(body: bytes) -> tuple[AnswerFields, bytes | RemotePicture]:
 def _read_form(content_type: bytes, body: bytes) -> tuple[AnswerFields, bytes]:
     picture, values = None, dict[str, Any]()
     for part in parse_form(content_type, body):
-        name, content = part.name, bytes(part.content)
+        name, content = part.name, part.content
         if name == "image" and picture is None:
             is_text = not part.is_file or content.startswith(b"data:")
             picture = decode_picture(content.decode("latin-1")) if is_text else content

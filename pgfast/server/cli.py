@@ -85,6 +85,7 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s pgfast %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told
 
 
 def _config(given: dict[str, Any]) -> Any:
