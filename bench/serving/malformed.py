@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from .client import closed_loop
 from .fuzz import http_shots, json_shots, picture_shots
 from .fuzz.schema_cases import SchemaRun, run_schema
 from .fuzz.shot import HANGING, Outcome, fire
 from .load import answer_text
 from .process import Server, Usage, watching
-from .questions import PATH, json_body, picture, question
+from .questions import PATH, json_body, picture, question, request
 from .settings import Settings
 
 KINDS = http_shots.KINDS | json_shots.KINDS | picture_shots.KINDS
@@ -38,6 +39,8 @@ def measure_malformed(settings: Settings, server: Server, wanted: str, say: Call
         say: Called with a line of progress.
     """
     count = settings.requests
+    few = [request(settings.seed + 1, number) for number in range(settings.clients)]
+    closed_loop(server.address, few, settings.clients, settings.warmup)  # pools of threads have their size then
     warm = _send_all(server, round(count * WARM_SHARE), settings.seed + 1, say)
     first = server.settled()
     with watching(lambda: server.usage().memory, 0.25) as memory:
