@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Any
 
-FAULTS = ("none", "500", "wrong", "leak", "threads", "no-retry", "log", "slow", "dies", "stuck")
+FAULTS = ("none", "500", "wrong", "leak", "threads", "rude", "log", "dies", "stuck")
 SLOTS = 8
 SECONDS = 0.02
 """Of one answer; so many answers a second at most: SLOTS / SECONDS."""
@@ -71,9 +71,9 @@ async def answer(body: bytes) -> tuple[int, Any, str]:
             await asyncio.sleep(1000)
         return 400, {"error": {"message": "no"}}, ""
     if running >= 40:
-        if fault == "slow":
+        if fault == "rude":
             await asyncio.sleep(0.4)
-        return 429, {"error": {"message": "later"}}, "" if fault == "no-retry" else "Retry-After: 1\r\n"
+        return 429, {"error": {"message": "later"}}, "" if fault == "rude" else "Retry-After: 1\r\n"
     running += 1
     try:
         if fault == "leak":

@@ -198,7 +198,7 @@ def test_load_on_a_good_and_on_bad_servers(tmp_path: Path) -> None:
 
 def test_overload_on_a_good_and_on_bad_servers(tmp_path: Path) -> None:
     found = {}
-    for fault in ("none", "no-retry", "slow", "leak"):
+    for fault in ("none", "rude", "leak"):
         with fake(fault, tmp_path) as server:
             found[fault] = overload.measure_overload(SETTINGS, server)
     good = found["none"]
@@ -206,8 +206,8 @@ def test_overload_on_a_good_and_on_bad_servers(tmp_path: Path) -> None:
     assert good["refused"]["count"] > good["requests"] / 4
     assert good["offered_rate"] == pytest.approx(3 * good["capacity"], rel=0.2)
     assert good["recovery"]["seconds"] is not None
-    assert found["no-retry"]["refused"]["without_retry_after"] == found["no-retry"]["refused"]["count"] > 0
-    assert found["slow"]["refused"]["latency"]["p50"] > 0.4 > good["refused"]["latency"]["p99"]
+    assert found["rude"]["refused"]["without_retry_after"] == found["rude"]["refused"]["count"] > 0
+    assert found["rude"]["refused"]["latency"]["p50"] > 0.4 > good["refused"]["latency"]["p99"]
     held = {fault: part["memory"]["peak"] - part["memory"]["first"] for fault, part in found.items()}
     assert held["leak"] > 20e6 > held["none"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ WINDOW = 0.5
 FULL = 0.9
 """Share of the rate before that counts as full speed again."""
 BEFORE_SECONDS, AFTER_SECONDS = 10.0, 5.0
+STEADY = 2e6
+"""Bytes by which memory may change in one of the warm-up's loads."""
 Part = dict[str, Any]
 
 
@@ -31,8 +34,7 @@ def measure_overload(settings: Settings, server: Server) -> Part:
     """Measure the capacity, offer a multiple of it, and measure it again at once."""
     before_seconds = min(BEFORE_SECONDS, settings.seconds / 2)
     after_seconds = min(AFTER_SECONDS, settings.seconds)
-    few = [request(settings.seed + 1, number) for number in range(256)]
-    warm = closed_loop(server.address, few, settings.clients, settings.warmup).rate()
+    warm = warm_up(settings, server)
     number = math.ceil(SPARE * (warm + 1) * max(before_seconds, after_seconds))
     requests = [request(settings.seed + 2, n) for n in range(2 * number)]
     first, second = requests[:number], requests[number:]
@@ -57,6 +59,23 @@ def measure_overload(settings: Settings, server: Server) -> Part:
         "after": describe([after]),
         "recovery": recovery(load.start + load.seconds, [*load.exchanges, *after.exchanges], capacity, after),
     }
+
+
+def warm_up(settings: Settings, server: Server) -> float:
+    """Ask about new pictures until the server's memory stands still: its cache of pictures is full then.
+
+    Returns:
+        Answers per second in the last of the short loads.
+    """
+    rate, first = 500.0, 0
+    end = time.perf_counter() + settings.warmup + 1.5 * settings.seconds
+    while True:
+        number = math.ceil(SPARE * (rate + 1) * settings.warmup)
+        requests = [request(settings.seed + 1, n) for n in range(first, first + number)]
+        before = server.usage().memory
+        rate, first = closed_loop(server.address, requests, settings.clients, settings.warmup).rate(), first + number
+        if abs(server.usage().memory - before) < STEADY or time.perf_counter() > end:
+            return rate
 
 
 def describe_overload(load: Load) -> Part:
