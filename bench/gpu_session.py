@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import pgfast
+from pgfast.runtime.providers import import_onnxruntime
 from pgfast.types import GenerateOptions
 
 from .gpu_checks import (
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def machine() -> dict[str, Any]:
     """Name what the figures depend on."""
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
     import torch
     import transformers
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from pgfast.runtime.providers import import_onnxruntime
+
 CPU_FLAGS = (
     "avx2",
     "fma",
@@ -171,8 +173,9 @@ def torch_ceilings(device: str, *, elements: int = 2**28, side: int = 8192, seco
 def _matmuls(threads: int, seconds: float) -> dict[str, float]:
     """Matmuls of the prompt's shape in ONNX Runtime: fp32, and int8 activations with int8 weights."""
     try:
-        import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
+
+        onnxruntime = import_onnxruntime()
     except ImportError:
         return {}
     rows, inner, columns = 256, 2048, 8192

@@ -13,6 +13,7 @@ import numpy as np
 
 import pgfast
 from pgfast.engine import demo_bundle
+from pgfast.runtime.providers import import_onnxruntime
 
 from .machine import cpuinfo
 
@@ -30,7 +31,7 @@ def measure(bundle: str | None, runs: int) -> dict[str, Any]:
     Returns:
         Machine, versions, and milliseconds (median, p90, min, n) by name.
     """
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     engine = pgfast.load(bundle)
     answer = [sys.executable, "-m", "pgfast", "answer", str(PICTURE), QUESTION]

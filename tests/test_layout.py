@@ -100,6 +100,10 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 65, node.name
 
 
+def test_onnxruntime_is_imported_where_its_reports_are_turned_off() -> None:
+    assert [path.name for path in SOURCES if "onnxruntime" in imports(path)] == ["providers.py"]
+
+
 def test_every_package_is_listed() -> None:
     # two hold no code of their own to import: the bundle's files, and the file that optimum looks for
     listed = set(PROJECT["tool"]["setuptools"]["packages"]) - {"pgfast.demo.bundle", "optimum.commands.register"}

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pgfast.runtime.providers import import_onnxruntime
+
 from .base import Inputs, Outcome, Probe, Request, Spec, greedy_loop, log_probability, one_by_one
 
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -26,7 +28,7 @@ class StockOnnx:
         self._vision, self._embed, self._decoder = (self._open(folder / f"{name}.onnx", spec) for name in GRAPHS)
 
     def _open(self, path: Path, spec: Spec) -> Run:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = spec.threads

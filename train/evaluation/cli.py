@@ -14,6 +14,7 @@ import click
 from pgfast.cli import printable
 from pgfast.errors import InputError
 from pgfast.metrics import Mode
+from pgfast.runtime.providers import import_onnxruntime
 
 from ..cli_progress import ProgressBars
 
@@ -120,7 +121,7 @@ def is_bundle(model: str) -> bool:
 
 
 def _describe_bundle(folder: str, engine: Any) -> dict[str, Any]:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     m = engine.manifest
     return {
