@@ -1,6 +1,9 @@
-"""A small HTTP server that answers like `pgfast serve`, with one fault of the command line: what `bench serve` must notice.
+"""A small HTTP server that answers like `pgfast serve`, with faults that `bench serve` must notice.
 
     python fake_server.py FAULT --port N
+
+none; bad: wrong answers and errors of 500, memory and threads that are never let go, tracebacks; rude: refuses late and without
+Retry-After, and lets no memory go; dies: ends on a strange body; stuck: never answers one.
 
 The text it answers is a pure function of the question's body, in `answer_of`.
 """
@@ -10,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import sys
 import threading
 import time
 from typing import Any
 
-FAULTS = ("none", "500", "wrong", "leak", "threads", "rude", "log", "dies", "stuck")
+FAULTS = ("none", "bad", "rude", "dies", "stuck")
 SLOTS = 8
 SECONDS = 0.02
 """Of one answer; so many answers a second at most: SLOTS / SECONDS."""
@@ -45,7 +49,6 @@ SCHEMA = {
 }
 KEPT: list[bytes] = []
 fault, running = "none", 0
-started = time.perf_counter()
 
 
 def answer_of(image: str, question: str) -> str:
@@ -59,14 +62,11 @@ async def answer(body: bytes) -> tuple[int, Any, str]:
         asked = json.loads(body)
         image, question = str(asked["image"]), str(asked["question"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        if fault == "500":
-            return 500, {"error": "oh"}, ""
-        if fault == "log":
+        if fault == "bad":
             print("Traceback (most recent call last):", file=sys.stderr, flush=True)
-        if fault == "leak":
-            KEPT.append(bytes([1]) * 200_000)
-        if fault == "threads":
             threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+            KEPT.append(bytes([1]) * 1_000_000)
+            return 500, {"error": "oh"}, ""
         if fault == "stuck":
             await asyncio.sleep(1000)
         return 400, {"error": {"message": "no"}}, ""
@@ -76,15 +76,15 @@ async def answer(body: bytes) -> tuple[int, Any, str]:
         return 429, {"error": {"message": "later"}}, "" if fault == "rude" else "Retry-After: 1\r\n"
     running += 1
     try:
-        if fault == "leak":
+        if fault == "rude":
             KEPT.append(bytes([1]) * 200_000)
         async with slots:
             await asyncio.sleep(SECONDS)
     finally:
         running -= 1
-    if fault == "500" and len(question) % 2:
+    if fault == "bad" and len(question) % 2:
         return 500, {"error": "oh"}, ""
-    return 200, {"text": "wrong" if fault == "wrong" else answer_of(image, question)}, ""
+    return 200, {"text": "wrong" if fault == "bad" else answer_of(image, question)}, ""
 
 
 async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -97,7 +97,7 @@ async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
                 break
             body = await reader.readexactly(int(length))
             if fault == "dies" and body and not body.startswith(b"{"):
-                sys.exit(3)
+                os._exit(3)
             if path.startswith("/v1/answer") and method == "POST":
                 status, content, more = await answer(body)
             elif path == "/openapi.json":

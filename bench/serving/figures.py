@@ -47,7 +47,8 @@ TARGETS = (
     Target("malformed", "requests without an answer after 20 s", "hung", "=", 0, plain),
     Target("malformed", "alive, and right afterwards", "well", "=", True, plain),
     Target("malformed", "growth of memory per request", "growth_per_request", "<=", 1024, byte_count),
-    Target("malformed", "file descriptors and threads more than before", "more_handles", "<=", 0, plain),
+    Target("malformed", "file descriptors more than before", "more_files", "<=", 0, plain),
+    Target("malformed", "threads more than before", "more_threads", "<=", 0, plain),
     Target("malformed", "tracebacks or unhandled errors in the log", "log_trouble", "=", 0, plain),
     Target("batch", "kills", "kills", ">=", 20, plain),
     Target("batch", "rows missing", "missing", "=", 0, plain),
@@ -66,9 +67,9 @@ def derived(part: str, figures: dict[str, Any]) -> dict[str, Any]:
         return figures | {"accepted_growth": second["p99"] / first["p99"] if first and second else None}
     if part == "malformed":
         before, after = figures["usage"]["before"], figures["usage"]["after"]
-        more = max(after[name] - before[name] for name in ("files", "threads"))
+        more = {f"more_{name}": after[name] - before[name] for name in ("files", "threads")}
         well = figures["alive"] and figures["answered_in_between"] and figures["right_afterwards"]
-        return figures | {"more_handles": more, "well": well}
+        return figures | more | {"well": well}
     return figures
 
 

@@ -46,10 +46,12 @@ def measure_load(settings: Settings, server: Server, baseline: Baseline) -> Part
         cpu = server.usage().cpu
         load = closed_loop(server.address, requests, settings.clients, seconds)
         cpu = server.usage().cpu - cpu
-        # the clients may have come further than answer_batch
-        texts = batch.texts + baseline.answer(first + count, made - count).texts
+        texts = batch.texts
+        asked = min(made, 1 + max((e.number for e in load.exchanges), default=0))
+        if asked > count:  # the clients came further than answer_batch
+            texts = texts + baseline.answer(first + count, asked - count).texts
         batched: Part = {"rate": count / batch.seconds, "cpu_per_answer": batch.cpu / count}
-        served = describe([load], cpu) | {"wrong": wrong(load.exchanges, texts)}
+        served = describe([load], cpu) | {"wrong": wrong(load.exchanges, texts, made)}
         rounds.append({"batch": batched, "served": served, "ratio": served["rate"] / batched["rate"]})
         loads.append(load)
         first += made
@@ -65,7 +67,7 @@ def measure_load(settings: Settings, server: Server, baseline: Baseline) -> Part
         "ratio": median([r["ratio"] for r in rounds]),
         "batch_rate": median([r["batch"]["rate"] for r in rounds]),
         "served": together | {"rate": median([r["served"]["rate"] for r in rounds])},
-        "repeated": describe([load]) | {"wrong": wrong(load.exchanges, texts), "pictures": REPEATED},
+        "repeated": describe([load]) | {"wrong": wrong(load.exchanges, texts, REPEATED), "pictures": REPEATED},
         "server_cpu_per_request": median([r["served"]["server_cpu_per_request"] for r in rounds]),
         "batch_cpu_per_answer": median([r["batch"]["cpu_per_answer"] for r in rounds]),
     }
@@ -100,14 +102,15 @@ def statuses(exchanges: Sequence[Exchange]) -> dict[str, int]:
     return {str(status): count for status, count in sorted(Counter(e.status for e in exchanges).items())}
 
 
-def wrong(exchanges: Sequence[Exchange], texts: Sequence[str]) -> int:
+def wrong(exchanges: Sequence[Exchange], texts: Sequence[str], made: int) -> int:
     """Count the answers with status 200 that do not say what the engine says.
 
     Args:
         exchanges: Of requests that were taken around and around.
-        texts: The engine's answer to each request.
+        texts: The engine's answers, to as many requests as were sent.
+        made: Requests that there were.
     """
-    return sum(e.status == 200 and answer_text(e.body) != texts[e.number % len(texts)] for e in exchanges)
+    return sum(e.status == 200 and answer_text(e.body) != texts[e.number % made] for e in exchanges)
 
 
 def answer_text(body: bytes) -> str | None:

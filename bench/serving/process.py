@@ -88,6 +88,13 @@ class Server:
         """Whether the process is there."""
         return self._process.poll() is None
 
+    def ended(self, seconds: float) -> int | None:
+        """What it ended with; None if it is still there after so many seconds."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
     def close(self) -> float:
         """Ask it to end, kill it if it does not within 30 s; returns the seconds it took."""
         start = time.perf_counter()

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pgfast.errors import InputError
+from pgfast.errors import InputError, PgfastError
 
 from .. import machine
 from .baseline import Baseline
@@ -77,16 +77,24 @@ def _part(name: str, settings: Settings, say: Say) -> dict[str, Any]:
     model = ("--model", settings.model) if settings.model else ()
     flags = (*settings.serve_flags, *(settings.malformed_flags if name == "malformed" else ()))
     with Server([*settings.serve, *model, *flags], settings.work / f"{name}.log") as server:
-        if name == "load":
-            with Baseline(settings.model, settings.seed) as baseline:
-                figures = measure_load(settings, server, baseline)
-        elif name == "overload":
-            figures = measure_overload(settings, server)
-        else:
-            with Baseline(settings.model, settings.seed) as baseline:
-                (wanted,) = baseline.answer(0, 1).texts
-            figures = measure_malformed(settings, server, wanted, say)
+        try:
+            figures = _figures(name, settings, server, say)
+        except PgfastError as error:
+            code = server.ended(1.0)
+            if code is None:
+                raise
+            raise PgfastError(f"the server ended with code {code} during {name}: {server.last_words()}") from error
         return figures | {"start_seconds": server.start_seconds, "flags": list(flags), "stop_seconds": server.close()}
+
+
+def _figures(name: str, settings: Settings, server: Server, say: Say) -> dict[str, Any]:
+    if name == "overload":
+        return measure_overload(settings, server)
+    with Baseline(settings.model, settings.seed) as baseline:
+        if name == "load":
+            return measure_load(settings, server, baseline)
+        (wanted,) = baseline.answer(0, 1).texts
+    return measure_malformed(settings, server, wanted, say)
 
 
 def _told(settings: Settings) -> dict[str, Any]:
