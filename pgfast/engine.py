@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import queue
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -19,16 +17,18 @@ import numpy as np
 
 from pgfast.bundle import Bundle
 from pgfast.errors import InputError, PromptError, ProviderError
-from pgfast.image import ImageInput
+from pgfast.image import MAX_PIXELS, ImageInput
 from pgfast.manifest import TOKENIZER, Manifest
+from pgfast.pending import Pending
 from pgfast.pictures import PictureEncoder
-from pgfast.prompt import Tokenizer, cut_at_stop, fill_template, safe_length
+from pgfast.prompt import Tokenizer, fill_template
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.model import Model
 from pgfast.runtime.providers import Target, candidates, check_available, engine_cache
-from pgfast.runtime.scheduler import Scheduler, Ticket
-from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
-from pgfast.validation import check_options, check_texts
+from pgfast.runtime.scheduler import Scheduler
+from pgfast.runtime.turns import STALL
+from pgfast.types import Answer, EncodedImage, GenerateOptions, LoadFigures, PreparedImage
+from pgfast.validation import check_options
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +86,6 @@ def _open_tokenizer(bundle: Bundle) -> Tokenizer:
     return tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A question that the scheduler has."""
-
-    row: Generation | ChoiceScores
-    ticket: Ticket
-    options: GenerateOptions
-    start: float
-    """`time.perf_counter` when its picture was taken up."""
-    preprocess: float
-    vision: float
-
-
 class Engine:
     """A loaded bundle; make one with `pgfast.load`.
 
@@ -114,7 +101,7 @@ class Engine:
             self._model = Model(bundle, target, threads)
             self._tokenizer = tokenizer.result()
         self._pictures = PictureEncoder(manifest, self._model)
-        self._scheduler = Scheduler(self._model.decoder, together=self._model.together, turns=self._model.turns)
+        self._scheduler = Scheduler(self._model.decoder, together=self._model.together, turns=self._model.turns, stall=STALL)
         # also before the interpreter ends: a thread that is inside onnxruntime then would crash it
         weakref.finalize(self, self._scheduler.close)
 
@@ -136,6 +123,19 @@ class Engine:
     @max_waiting.setter
     def max_waiting(self, number: int | None) -> None:
         self._scheduler.max_waiting = number
+
+    def load_figures(self) -> LoadFigures:
+        """Return how many questions wait and run at this moment."""
+        return LoadFigures(*self._scheduler.load(), self._model.decoder.slots)
+
+    @property
+    def on_step(self) -> Callable[[int], None] | None:
+        """Called with the number of questions that share a run of the decoder, in the engine's thread; it must be quick."""
+        return self._scheduler.on_step
+
+    @on_step.setter
+    def on_step(self, callback: Callable[[int], None] | None) -> None:
+        self._scheduler.on_step = callback
 
     @property
     def manifest(self) -> Manifest:
@@ -168,7 +168,48 @@ class Engine:
         Raises:
             InputError: The picture, the question or an option cannot be used.
         """
-        return self._run(image, self._answer_prompt(question, language), options, choices)
+        return self.submit(image, question, choices=choices, language=language, options=options).result()
+
+    def submit(
+        self,
+        image: ImageInput | PreparedImage | EncodedImage,
+        question: str | None = None,
+        *,
+        prompt: str | None = None,
+        choices: Sequence[str] | None = None,
+        language: str = "en",
+        options: GenerateOptions | None = None,
+        streaming: bool = False,
+        on_progress: Callable[[], None] | None = None,
+    ) -> Pending:
+        """Ask without waiting for the answer; only the vision encoder runs before it returns.
+
+        Args:
+            image: As in `answer`.
+            question: As in `answer`, with `choices` and `language`; or
+            prompt: a raw prompt, as in `generate`.
+            choices: See `question`.
+            language: See `question`.
+            options: How to decode.
+            streaming: Let `Pending.pieces` and `on_progress` report every token, not only the end.
+            on_progress: Called in the engine's thread when there is news; it must be quick.
+
+        Raises:
+            InputError: The picture, the text or an option cannot be used.
+            OverloadedError: More questions wait than `max_waiting`.
+        """
+        start = time.perf_counter()
+        options = check_options(options, self.manifest.limits.new_tokens)
+        # texts first: they are cheap to refuse
+        if question is not None and prompt is not None:
+            raise InputError("give a question or a raw prompt, not both")
+        ids = self._encode_prompt(self._answer_prompt(question, language) if prompt is None else prompt)
+        choice_ids = self._encode_choices(choices)
+        row = self._generation(options) if choice_ids is None else ChoiceScores(choice_ids)
+        checked = time.perf_counter() - start
+        (encoded,), (preprocess, vision) = self._pictures.encode([image])
+        ticket = self._scheduler.submit(row, encoded.image_features, ids, streaming=streaming, on_progress=on_progress)
+        return Pending(row, ticket, self._tokenizer, options, choices, start, checked + preprocess, vision)
 
     def answer_batch(
         self,
@@ -192,7 +233,7 @@ class Engine:
         options = check_options(options, self.manifest.limits.new_tokens)
         # texts first: they are cheap to refuse
         prompts = [self._encode_prompt(self._answer_prompt(question, language)) for _, question in questions]
-        asked: list[_Question] = []
+        asked: list[Pending] = []
         answers: list[Answer] = []
         recent: dict[int, EncodedImage] = {}
         # pictures are encoded here, and only a few ahead of the decoder's thread
@@ -209,18 +250,18 @@ class Engine:
                     room.get()
                     row, on_start = self._generation(options), partial(room.put, None)
                     ticket = self._scheduler.submit(row, image.image_features, prompt, patient=True, on_start=on_start)
-                    asked.append(_Question(row, ticket, options, start, *seconds))
-                while len(answers) < len(asked) and asked[len(answers)].ticket.finished:
-                    answers.append(self._answer(asked[len(answers)]))
-            return answers + [self._answer(question) for question in asked[len(answers) :]]
+                    asked.append(Pending(row, ticket, self._tokenizer, options, None, start, *seconds))
+                while len(answers) < len(asked) and asked[len(answers)].done:
+                    answers.append(asked[len(answers)].result())
+            return answers + [pending.result() for pending in asked[len(answers) :]]
         except BaseException:
-            for question in asked:
-                question.ticket.cancel()
+            for pending in asked:
+                pending.cancel()
             raise
 
     def generate(self, image: ImageInput | EncodedImage, prompt: str, *, options: GenerateOptions | None = None) -> Answer:
         """Continue a raw prompt, for example `caption en`; no template is put around it (arguments as in `answer`)."""
-        return self._run(image, prompt, options, None)
+        return self.submit(image, prompt=prompt, options=options).result()
 
     def stream(self, image: ImageInput | EncodedImage, prompt: str, *, options: GenerateOptions | None = None) -> Iterator[str]:
         """Continue a raw prompt, yielding pieces of text that add up to the whole (arguments as in `answer`).
@@ -228,28 +269,32 @@ class Engine:
         The prompt is checked at once. From the first piece on the model runs ahead of the reader; closing the iterator
         ends that.
         """
-        options = check_options(options, self.manifest.limits.new_tokens)
-        ids = self._encode_prompt(prompt)
-        return self._stream(self.encode_image(image), ids, options)
+        check_options(options, self.manifest.limits.new_tokens)
+        self._encode_prompt(prompt)
+        encoded = self.encode_image(image)
+
+        def pieces() -> Iterator[str]:  # an iterator that is dropped unread holds no place
+            yield from self.submit(encoded, prompt=prompt, options=options, streaming=True).pieces()
+
+        return pieces()
+
+    def prepare_image(self, image: ImageInput | PreparedImage, *, max_pixels: int = MAX_PIXELS) -> PreparedImage:
+        """Decode and resize a picture, without the vision encoder; the result is small and is accepted wherever an image is.
+
+        Args:
+            image: As in `answer`.
+            max_pixels: Larger pictures are refused before they are decoded.
+
+        Raises:
+            InputError: The picture cannot be used.
+        """
+        return self._pictures.prepare(image, max_pixels)
 
     def encode_image(self, image: ImageInput | EncodedImage) -> EncodedImage:
         """Run the vision encoder once, to ask several questions about the picture (`image` as in `answer`)."""
         encoded = self._pictures.encode([image])[0][0]
         features = np.asarray(encoded.image_features)  # not in a GPU's memory: the caller may keep thousands
         return encoded if features is encoded.image_features else dataclasses.replace(encoded, image_features=features)
-
-    def _run(
-        self, image: ImageInput | EncodedImage, prompt: str, options: GenerateOptions | None, choices: Sequence[str] | None
-    ) -> Answer:
-        start = time.perf_counter()
-        options = check_options(options, self.manifest.limits.new_tokens)
-        # texts first: they are cheap to refuse
-        ids, choice_ids = self._encode_prompt(prompt), self._encode_choices(choices)
-        checked = time.perf_counter() - start
-        (encoded,), (preprocess, vision) = self._pictures.encode([image])
-        row = self._generation(options) if choice_ids is None else ChoiceScores(choice_ids)
-        ticket = self._scheduler.submit(row, encoded.image_features, ids)
-        return self._answer(_Question(row, ticket, options, start, checked + preprocess, vision), choices)
 
     def _generation(self, options: GenerateOptions) -> Generation:
         decode, stop = self._tokenizer.decode, options.stop  # not the engine: rows live in the scheduler's thread
@@ -260,49 +305,7 @@ class Engine:
             stopped=lambda ids: any(text in decode(ids) for text in stop),
         )
 
-    def _stream(self, image: EncodedImage, prompt: list[int], options: GenerateOptions) -> Iterator[str]:
-        given, row = "", self._generation(options)
-        ticket = self._scheduler.submit(row, image.image_features, prompt, streaming=True)
-        with contextlib.closing(ticket.progress()) as progress:
-            for done in progress:
-                text = cut_at_stop(self._tokenizer.decode(row.token_ids), options.stop)
-                safe = text if done else text[: safe_length(text, options.stop)]
-                if safe.startswith(given) and len(safe) > len(given):
-                    yield safe[len(given) :]
-                    given = safe
-
-    def _answer(self, question: _Question, choices: Sequence[str] | None = None) -> Answer:
-        """Wait for a question's end."""
-        q, row, ticket = question, question.row, question.ticket
-        ticket.wait()
-        if isinstance(row, ChoiceScores):
-            totals = np.array([sum(scores) for scores in row.scores])
-            best = int(totals.argmax())
-            shares = np.exp(totals - totals.max())
-            assert choices is not None
-            text, ids, logprobs = choices[best], row.choices[best], row.scores[best]
-            chances = dict(zip(choices, (shares / shares.sum()).tolist(), strict=True))
-        else:
-            text = cut_at_stop(self._tokenizer.decode(row.token_ids), q.options.stop).strip()
-            ids, logprobs, chances = tuple(row.token_ids), row.token_logprobs, None
-        return Answer(
-            text=text,
-            confidence=float(np.exp(sum(logprobs))),
-            token_ids=ids,
-            token_logprobs=tuple(logprobs),
-            finish_reason="length" if isinstance(row, Generation) and row.finish_reason == "length" else "stop",
-            choices=chances,
-            timings=Timings(
-                preprocess=q.preprocess,
-                vision=q.vision,
-                prefill=ticket.first_token - ticket.begun,
-                decode=ticket.ended - ticket.first_token,
-                ttft=ticket.first_token - q.start,
-                total=ticket.ended - q.start,
-            ),
-        )
-
-    def _answer_prompt(self, question: str, language: str) -> str:
+    def _answer_prompt(self, question: str | None, language: str) -> str:
         if not isinstance(question, str) or not question.strip():
             raise PromptError("the question is empty: ask something about the picture")
         if not isinstance(language, str):
@@ -315,14 +318,6 @@ class Engine:
     def _encode_choices(self, choices: Sequence[str] | None) -> list[list[int]] | None:
         if choices is None:
             return None
-        if not check_texts("choices", choices):
-            raise InputError("choices is empty: give at least one answer")
-        most, seen = self.manifest.limits.new_tokens, dict[tuple[int, ...], str]()
-        for choice in choices:
-            ids = (*self._tokenizer.encode_suffix(choice, max_tokens=most), self.manifest.tokens.eos)
-            if len(ids) > most:
-                raise InputError(f"the choice {choice[:40]!r} has {len(ids)} tokens: this bundle makes at most {most}")
-            if ids in seen:
-                raise InputError(f"the model cannot tell the choices {seen[ids]!r} and {choice!r} apart")
-            seen[ids] = choice
-        return [list(ids) for ids in seen]
+        return self._tokenizer.encode_choices(
+            choices, eos_id=self.manifest.tokens.eos, max_tokens=self.manifest.limits.new_tokens
+        )

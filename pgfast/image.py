@@ -32,29 +32,31 @@ ImageInput = Any
 """Path (str or os.PathLike), bytes, PIL.Image.Image, or uint8 array [H, W, 3]."""
 
 
-def open_image(image: ImageInput) -> PILImage:
+def open_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS) -> PILImage:
     """Decode a picture to RGB, upright (EXIF orientation applied), transparency on white.
 
     Args:
         image: A path, the bytes of a file, a `PIL.Image.Image`, or a uint8 array [H, W, 3].
+        max_pixels: Larger pictures are refused before they are decoded; `MAX_PIXELS` at most.
 
     Raises:
         ImageError: Missing, unreadable, truncated, too large, or of another type.
     """
     from PIL import Image
 
+    most = min(max_pixels, MAX_PIXELS)
     if isinstance(image, np.ndarray):
-        return Image.fromarray(_check_array(image))
+        return _upright_rgb(Image.fromarray(_check_array(image)), "the picture", most)
     if isinstance(image, Image.Image):
-        return _upright_rgb(image, "the picture")
+        return _upright_rgb(image, "the picture", most)
     if isinstance(image, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(image), "the picture")
+        return _decode(io.BytesIO(image), "the picture", most)
     if not isinstance(image, str | os.PathLike):
         raise ImageError(f"a picture is a path, bytes, a PIL image or a uint8 array, not {type(image).__name__}")
     what = os.fspath(image)
     try:
         with open(image, "rb") as file:
-            return _decode(file, what)
+            return _decode(file, what, most)
     except FileNotFoundError as error:
         raise ImageError(f"{what} does not exist") from error
     except IsADirectoryError as error:
@@ -65,7 +67,7 @@ def open_image(image: ImageInput) -> PILImage:
         raise ImageError(f"{what} cannot be read: {_reason(error)}") from error
 
 
-def _decode(file: Any, what: str) -> PILImage:
+def _decode(file: Any, what: str, most: int) -> PILImage:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -73,19 +75,19 @@ def _decode(file: Any, what: str) -> PILImage:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS refuses it in our words
             opened = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{what} is a decompression bomb: at most {MAX_PIXELS:,} pixels are accepted") from error
+        raise ImageError(f"{what} is a decompression bomb: at most {most:,} pixels are accepted") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{what} is not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF)") from error
     except Exception as error:
         raise ImageError(f"{what} cannot be opened: {_reason(error)}") from error
-    return _upright_rgb(opened, what)
+    return _upright_rgb(opened, what, most)
 
 
-def _upright_rgb(image: PILImage, what: str) -> PILImage:
+def _upright_rgb(image: PILImage, what: str, most: int) -> PILImage:
     from PIL import ImageOps
 
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{what} has {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are accepted")
+    if image.width * image.height > most:
+        raise ImageError(f"{what} has {image.width} x {image.height} pixels: at most {most:,} are accepted")
     try:
         # the order matters: orientation is in the metadata that a conversion drops
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -116,8 +118,6 @@ def _to_rgb(image: PILImage) -> PILImage:
 def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ImageError(f"a picture array is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise ImageError(f"the picture has {array.shape[1]} x {array.shape[0]} pixels: at most {MAX_PIXELS:,} are accepted")
     return np.ascontiguousarray(array)
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgfast.errors import InputError
-from pgfast.image import ImageInput, open_image, to_pixel_values
+from pgfast.image import MAX_PIXELS, ImageInput, normalize, open_image, squash
 from pgfast.manifest import Manifest
 from pgfast.runtime.buffers import DeviceFeatures
 from pgfast.runtime.model import Model
-from pgfast.types import EncodedImage
+from pgfast.types import EncodedImage, PreparedImage
 
 RECENT = 16
 """Pictures of a batch that are kept in case they come again."""
@@ -35,6 +35,25 @@ class PictureEncoder:
         hashes = (manifest.files[name].sha256 for name in names if name in manifest.files)
         self._bundle_id = "-".join([*hashes, str(manifest.image)])
 
+    def prepare(self, image: ImageInput, max_pixels: int = MAX_PIXELS) -> PreparedImage:
+        """Decode and resize a picture.
+
+        Args:
+            image: What a caller gave; a `PreparedImage` is checked and stays what it is.
+            max_pixels: As in `open_image`.
+
+        Raises:
+            ImageError: The picture cannot be used.
+            InputError: A `PreparedImage` is for another bundle.
+        """
+        spec = self._manifest.image
+        if isinstance(image, PreparedImage):
+            if image.spec != spec or image.pixels.shape != (spec.size, spec.size, 3) or image.pixels.dtype != np.uint8:
+                raise InputError("this PreparedImage was made for another bundle: prepare the picture again")
+            return image
+        opened = open_image(image, max_pixels=max_pixels)
+        return PreparedImage(squash(opened, spec), opened.width, opened.height, spec)
+
     def encode(
         self, images: Sequence[ImageInput | EncodedImage], recent: dict[int, EncodedImage] | None = None
     ) -> tuple[list[EncodedImage], tuple[float, float]]:
@@ -51,10 +70,10 @@ class PictureEncoder:
         recent = {} if recent is None else recent
         known = {id(image): recent.get(id(image), image) for image in images}
         found = {key: image for key, image in known.items() if isinstance(image, EncodedImage) and self._own(image)}
-        opened = {key: open_image(image) for key, image in known.items() if not isinstance(image, EncodedImage)}
+        opened = {key: self.prepare(image) for key, image in known.items() if not isinstance(image, EncodedImage)}
         preprocess = vision = 0.0
         if opened:
-            pixels = np.concatenate([to_pixel_values(picture, self._manifest.image) for picture in opened.values()])
+            pixels = normalize(np.stack([picture.pixels for picture in opened.values()]), self._manifest.image)  # [B, 3, R, R]
             prepared = time.perf_counter()
             features = self._model.encode(pixels)  # [B, P, D]
             preprocess, vision = prepared - start, time.perf_counter() - prepared

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgfast.errors import BundleError, PromptError
+from pgfast.errors import BundleError, InputError, PromptError
+from pgfast.validation import check_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as _Tokenizer
@@ -127,6 +128,29 @@ class Tokenizer:
     def encode_suffix(self, text: str, *, max_tokens: int = 1000, locations: bool = False) -> list[int]:
         """Return the ids of an answer, without `<eos>`; `locations` lets `<loc>` and `<seg>` in (raises as `encode_prompt`)."""
         return self._encode_plain(text, max_tokens, locations=locations)
+
+    def encode_choices(self, choices: Sequence[str], *, eos_id: int, max_tokens: int) -> list[list[int]]:
+        """Return the ids of each choice, `<eos>` included.
+
+        Args:
+            choices: Answers to choose from.
+            eos_id: The end token.
+            max_tokens: The longest a choice may be, `<eos>` included.
+
+        Raises:
+            InputError: There is none, one is too long or cannot be used, or two are the same to the model.
+        """
+        if not check_texts("choices", choices):
+            raise InputError("choices is empty: give at least one answer")
+        seen = dict[tuple[int, ...], str]()
+        for choice in choices:
+            ids = (*self.encode_suffix(choice, max_tokens=max_tokens), eos_id)
+            if len(ids) > max_tokens:
+                raise InputError(f"the choice {choice[:40]!r} has {len(ids)} tokens: this bundle makes at most {max_tokens}")
+            if ids in seen:
+                raise InputError(f"the model cannot tell the choices {seen[ids]!r} and {choice!r} apart")
+            seen[ids] = choice
+        return [list(ids) for ids in seen]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids; `<loc>` and `<seg>` markers stay, `<eos>` and the like do not.

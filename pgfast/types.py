@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pgfast.manifest import ImageSpec
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
@@ -65,6 +67,30 @@ class Answer:
     choices: dict[str, float] | None
     """Probability of each choice given that one of them is the answer; None if none were given."""
     timings: Timings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedImage:
+    """A picture after decoding and resizing, before the vision encoder."""
+
+    pixels: NDArray[np.uint8]
+    """[R, R, 3], RGB."""
+    width: int
+    """Pixels of the picture as it was given."""
+    height: int
+    spec: ImageSpec
+    """How it was resized: a bundle that does it differently refuses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFigures:
+    """What an engine has to do at a moment."""
+
+    waiting: int
+    """Questions that wait for a place in the running batch."""
+    running: int
+    slots: int
+    """Places in the running batch."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ from .buffers import Features
 from .cuda_decoder import CudaDecoder
 from .cuda_graphs import CapturedVision, GraphRunner
 from .decoder import Decoder
+from .joined import JoinedRuns
 from .providers import Shapes, Target
 from .session import failure, open_session
 from .shared_weights import SharedWeights
-from .turns import Turns
+from .turns import STALL, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ STEP = "decoder_step"
 CPU_SLOTS, GPU_SLOTS = 16, 32
 """Sequences that decode together. Reading the weights once serves all of them; beyond this, arithmetic is the limit."""
 TOGETHER = 4
-"""Pictures, and prompts, of one batch that share a run: small models gain, and large ones, where arithmetic is the limit,
+"""Pictures, and prompts, that share a run: small models gain, and large ones, where arithmetic is the limit,
 lose nothing. With fixed shapes it is 1, because every number would be an engine of its own."""
 GPU_CACHE_BYTES = 2**30
 """On a GPU slots are memory from the start, so large pictures get fewer."""
@@ -71,7 +71,9 @@ class Model:
         self.turns = Turns() if target.name == "cpu" else None
         """To be held for a run of either graph. On the CPU each has threads for all cores: at the same time both are slower
         than one after the other."""
-        self._picture = threading.Lock()  # one asks for a turn at a time, so that the decoder has every second one
+        self.together = 1 if target.static_shapes else TOGETHER
+        """Pictures, and prompts, that may share a run."""
+        self._vision = JoinedRuns(self._run_vision, self.turns, most=self.together, stall=STALL)
         self._weights: SharedWeights | None = None
         self._captured: CapturedVision | None = None
         if target.name == "cuda" and STEP in bundle.manifest.graphs:
@@ -91,8 +93,6 @@ class Model:
             self.decoder = CudaDecoder(bundle.manifest, target, *sessions, self._captured.runner, slots)
         else:
             self.decoder = Decoder(bundle.manifest, target, lambda shapes: self._session("decoder", shapes), slots)
-        self.together = 1 if target.static_shapes else TOGETHER
-        """Pictures, and prompts, of one batch that may share a run."""
 
     def _open_captured(self) -> CapturedVision:
         """Open what runs as CUDA graphs: prompts, single tokens with the same weights, and pictures."""
@@ -117,16 +117,15 @@ class Model:
         """Run the vision encoder: float32 [B, 3, R, R] to image features [B, P, D]."""
         if self._captured is not None:
             return self._captured.encode(pixel_values)
+        return self._vision(pixel_values)
+
+    def _run_vision(self, pixel_values: NDArray[np.float32]) -> NDArray[Any]:
         shapes = {"pixel_values": pixel_values.shape} if self._target.static_shapes else None
         session = self._session("vision_encoder", shapes)
         try:
-            with self._picture, self.turns or nullcontext():
-                features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
+            features: NDArray[Any] = session.run(["image_features"], {"pixel_values": pixel_values})[0]
         except Exception as error:
             raise failure("the vision encoder fails", self._target, error) from error
-        finally:
-            if self.turns is not None:  # callers' threads can be interrupted
-                self.turns.leave()
         return features
 
     def _session(self, graph: str, shapes: Shapes | None) -> Any:

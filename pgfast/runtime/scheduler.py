@@ -6,11 +6,10 @@ two steps it lets newcomers in, first come, first served, into the lowest free s
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, takewhile
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from pgfast.errors import OverloadedError, PgfastError
 
 from .decoder import Chosen
 from .generation import Row
+from .ticket import Ticket
 
 
 class Slots(Protocol):
@@ -36,77 +36,6 @@ class Slots(Protocol):
     def release(self, row: int) -> None: ...  # noqa: D102
 
 
-class Ticket:
-    """One request, from `Scheduler.submit` to its end; it is also the request's position in the decoder."""
-
-    def __init__(self, scheduler: Scheduler, row: Row, image_features: NDArray[Any], prompt: list[int]) -> None:
-        self.row = row
-        self.begun = self.first_token = self.ended = 0.0
-        """`time.perf_counter` when the prompt's run began, when the first token was there, and at the last one."""
-        self.streaming = self.patient = False
-        self.on_start: Callable[[], None] | None = None
-        self.image_features: NDArray[Any] | None = image_features
-        self.prompt = prompt
-        self.error: BaseException | None = None
-        self.cancelled = self.finished = False
-        self.slot = -1
-        self.prompt_length = image_features.shape[1] + len(prompt)
-        self._scheduler = scheduler
-        # a put for each token when streaming, and one at the end
-        self.news: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def wait(self) -> None:
-        """Wait for the end.
-
-        Raises:
-            PgfastError: A run failed, the request was cancelled, or the engine was closed.
-        """
-        for _ in self.progress():
-            pass
-
-    def progress(self) -> Generator[bool]:
-        """Yield whether `row` is complete, each time that it has changed; leaving early cancels the request.
-
-        Raises:
-            PgfastError: As in `wait`.
-        """
-        finished = False
-        try:
-            while not finished:
-                self.news.get()
-                finished = self.finished
-                if self.error is not None:
-                    raise self.error
-                yield finished
-        finally:
-            self.news.put(None)  # for whoever else waits
-            self.cancel()  # the reader was interrupted or has enough; otherwise nothing happens
-
-    def cancel(self) -> None:
-        """Free the slot, or the place in the queue; nothing happens to a request that is finished."""
-        self._scheduler.cancel(self)
-
-    def logits(self) -> NDArray[np.float32]:
-        """Return float32 [V] of the last position; for the row, while it advances."""
-        return self._scheduler.decoder.logits(self.slot)
-
-    def rewind(self, depth: int) -> None:
-        """Forget all but the prompt and `depth` tokens; for the row, while it advances."""
-        self._scheduler.decoder.rewind(self.slot, self.prompt_length + depth)
-
-    def start(self) -> None:
-        """Leave the queue: the features are not needed after the prompt."""
-        self.image_features = None
-        if self.on_start is not None:
-            self.on_start()
-
-    def finish(self, error: BaseException | None = None) -> None:
-        """Tell those who wait."""
-        self.error = error
-        self.finished = True
-        self.news.put(None)
-
-
 class Scheduler:
     """The queue, the slots, and the thread that runs them, started by the first request.
 
@@ -117,6 +46,7 @@ class Scheduler:
             took no longer than one, and arithmetic limits a prompt.
         turns: Held for every run of the decoder; None: nothing else runs on its device, or at no cost.
         max_burst: Steps that may run without a look at their tokens, when nobody could join or leave meanwhile.
+        stall: Seconds that the prompts of newcomers may hold up the others between two steps; one prompt is always let in.
     """
 
     def __init__(
@@ -127,11 +57,14 @@ class Scheduler:
         together: int = 1,
         turns: AbstractContextManager[Any] | None = None,
         max_burst: int = 1,
+        stall: float = 0.0,
     ) -> None:
         self.decoder = decoder
+        self.on_step: Callable[[int], None] | None = None
+        """Called in the thread with the number of rows of each run of the decoder."""
         self._turns = turns or nullcontext()
         self.max_waiting = max_waiting
-        self._together, self._max_burst = together, max_burst
+        self._together, self._max_burst, self._stall = together, max_burst, stall
         # guards the next three; entered by itself, because Ctrl-C can come into the middle of the condition's `with`
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -141,6 +74,11 @@ class Scheduler:
         # the thread's own
         self._running: dict[int, Ticket] = {}
         self._next = np.zeros(decoder.slots, np.int64)  # token to append to each slot
+        self._prompt_seconds = float("inf")  # of one prompt, in the last run of prompts
+
+    def load(self) -> tuple[int, int]:
+        """Return how many requests wait for a slot and how many run."""
+        return len(self._waiting), len(self._running)
 
     def submit(
         self,
@@ -151,6 +89,7 @@ class Scheduler:
         streaming: bool = False,
         patient: bool = False,
         on_start: Callable[[], None] | None = None,
+        on_progress: Callable[[], None] | None = None,
     ) -> Ticket:
         """Put a request at the end of the queue.
 
@@ -161,13 +100,15 @@ class Scheduler:
             streaming: Let `Ticket.progress` report every token, not only the end.
             patient: The caller waits for many others too, so these may be let in before it goes on.
             on_start: Called when the request leaves the queue, in whatever way.
+            on_progress: Called at the end, and with `streaming` after every token; in the scheduler's thread.
 
         Raises:
             OverloadedError: Too many are waiting.
             PgfastError: The scheduler is closed.
         """
         ticket = Ticket(self, row, image_features, prompt)
-        ticket.streaming, ticket.patient, ticket.on_start = streaming, patient, on_start
+        ticket.streaming, ticket.patient = streaming, patient
+        ticket.on_start, ticket.on_progress = on_start, on_progress
         with self._lock:
             if self._closed:
                 raise _closed()
@@ -237,33 +178,45 @@ class Scheduler:
                 self._leave(slot, ticket, _cancelled())
 
     def _admit(self) -> None:
-        """Run the prompts of newcomers: one between two steps, more only while nobody minds."""
-        while True:
-            first, room = self._free_slots()
-            with self._lock:
-                patient = takewhile(lambda ticket: ticket.patient, islice(self._waiting, min(room, self._together)))
-                count = max(len(list(patient)), 1) if self._waiting and room else 0
-                newcomers = {first + i: self._waiting.popleft() for i in range(count)}
-                self._running |= newcomers  # under the lock: a ticket is always in one of the two
-            if not newcomers:
+        """Run the prompts of newcomers: one between two steps, more while they are quick or nobody minds."""
+        start = time.perf_counter()
+        while newcomers := self._take_newcomers():
+            self._run_prompts(newcomers)
+            patient = all(ticket.patient for ticket in self._running.values())
+            if not patient and time.perf_counter() - start + self._prompt_seconds > self._stall:
                 return
-            parts: list[Any] = [ticket.image_features for ticket in newcomers.values()]
-            # one alone as it is: it may be on the device
-            features = np.concatenate(parts) if len(parts) > 1 else parts[0]  # [B, P, D]
-            prompts = [ticket.prompt for ticket in newcomers.values()]
-            for ticket in newcomers.values():
-                ticket.start()
-            with self._turns:
-                begun = time.perf_counter()
-                chosen = self.decoder.prompt(features, prompts, first)
-            now = time.perf_counter()
-            for (slot, ticket), token, logprob in zip(
-                newcomers.items(), chosen.tokens[0].tolist(), chosen.logprobs[0].tolist(), strict=True
-            ):
-                ticket.begun, ticket.first_token, ticket.slot = begun, now, slot
-                self._advance(slot, ticket, token, logprob, now)
-            if not all(ticket.patient for ticket in self._running.values()):
-                return
+
+    def _take_newcomers(self) -> dict[int, Ticket]:
+        """Move those from the queue into neighbouring slots whose prompts share the next run."""
+        first, room = self._free_slots()
+        quick = int(self._stall / self._prompt_seconds)
+        with self._lock:
+            together = list(islice(self._waiting, min(room, self._together)))
+            patient = sum(1 for _ in takewhile(lambda ticket: ticket.patient, together))
+            count = min(len(together), max(patient, quick, 1))
+            newcomers = {first + i: self._waiting.popleft() for i in range(count)}
+            self._running |= newcomers  # under the lock: a ticket is always in one of the two
+        return newcomers
+
+    def _run_prompts(self, newcomers: dict[int, Ticket]) -> None:
+        parts: list[Any] = [ticket.image_features for ticket in newcomers.values()]
+        # one alone as it is: it may be on the device
+        features = np.concatenate(parts) if len(parts) > 1 else parts[0]  # [B, P, D]
+        prompts = [ticket.prompt for ticket in newcomers.values()]
+        for ticket in newcomers.values():
+            ticket.start()
+        with self._turns:
+            begun = time.perf_counter()
+            chosen = self.decoder.prompt(features, prompts, min(newcomers))
+        now = time.perf_counter()
+        self._prompt_seconds = max(now - begun, 1e-6) / len(newcomers)
+        if self.on_step is not None:
+            self.on_step(len(newcomers))
+        for (slot, ticket), token, logprob in zip(
+            newcomers.items(), chosen.tokens[0].tolist(), chosen.logprobs[0].tolist(), strict=True
+        ):
+            ticket.begun, ticket.first_token, ticket.slot = begun, now, slot
+            self._advance(slot, ticket, token, logprob, now)
 
     def _free_slots(self) -> tuple[int, int]:
         """Return the lowest free slot and how many are free from there on."""
@@ -277,6 +230,8 @@ class Scheduler:
         with self._turns:
             chosen = self.decoder.step(len(tokens), None if ahead else tokens, self._burst(ahead))
         now = time.perf_counter()
+        if self.on_step is not None:
+            self.on_step(len(self._running))
         for best, logprobs in zip(chosen.tokens.tolist(), chosen.logprobs.tolist(), strict=True):
             for slot, ticket in list(self._running.items()):
                 self._advance(slot, ticket, best[slot], logprobs[slot], now)
@@ -300,7 +255,7 @@ class Scheduler:
             return
         self._next[slot] = following
         if ticket.streaming:
-            ticket.news.put(None)
+            ticket.tell()
 
     def _leave(self, slot: int, ticket: Ticket, error: BaseException | None) -> None:
         del self._running[slot]

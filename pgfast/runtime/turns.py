@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 
+STALL = 0.05
+"""Seconds: so long may work of several newcomers hold up all others when one alone would be quicker."""
+
 
 class Turns:
     """Who has finished and asks again stands behind those who wait; with `threading.Lock` a loop could keep all others out.
