@@ -68,34 +68,41 @@ class Processor:
 
     def __call__(self, dataset: Dataset) -> Dataset:
         """Answer every row; the order is the input's where Ray Data's `preserve_order` is set."""
-        from ray.data import ActorPoolStrategy
+        functions = {"preprocess": self.preprocess, "postprocess": self.postprocess}
+        return map_engines(dataset, EngineWorker, self.config, keep_errors=self.config.should_continue_on_error, **functions)
 
-        c = self.config
-        low, high = c.concurrency if isinstance(c.concurrency, tuple) else (c.concurrency, c.concurrency)
-        return dataset.map_batches(
-            EngineWorker,
-            fn_constructor_kwargs={
-                "bundle": c.bundle,
-                "provider": c.provider,
-                "threads": c.threads or max(1, math.ceil(c.num_cpus)),
-                "preprocess": self.preprocess,
-                "postprocess": self.postprocess,
-                "keep_errors": c.should_continue_on_error,
-            },
-            batch_format="pyarrow",
-            batch_size=c.batch_size,
-            compute=ActorPoolStrategy(
-                min_size=low,
-                max_size=high,
-                max_concurrent_calls_per_actor=c.max_concurrent_batches,
-                enable_true_multi_threading=True,  # the engine takes calls from any number of threads
-            ),
-            num_cpus=c.num_cpus,
-            num_gpus=c.num_gpus,
-            accelerator_type=c.accelerator_type,
-            runtime_env=c.runtime_env,
-            udf_modifying_row_count=False,
-        )
+
+def map_engines(dataset: Dataset, worker: type, config: PgfastProcessorConfig, **extra: Any) -> Dataset:
+    """Send a dataset's batches, as Arrow tables, through actors that hold an engine each.
+
+    Args:
+        dataset: Its rows.
+        worker: Class of the actors, made with `bundle`, `provider`, `threads` and
+        extra: further arguments.
+        config: How many, of what size.
+    """
+    from ray.data import ActorPoolStrategy
+
+    c = config
+    low, high = c.concurrency if isinstance(c.concurrency, tuple) else (c.concurrency, c.concurrency)
+    threads = c.threads or max(1, math.ceil(c.num_cpus))
+    return dataset.map_batches(
+        worker,
+        fn_constructor_kwargs={"bundle": c.bundle, "provider": c.provider, "threads": threads, **extra},
+        batch_format="pyarrow",
+        batch_size=c.batch_size,
+        compute=ActorPoolStrategy(
+            min_size=low,
+            max_size=high,
+            max_concurrent_calls_per_actor=c.max_concurrent_batches,
+            enable_true_multi_threading=True,  # an engine takes calls from any number of threads
+        ),
+        num_cpus=c.num_cpus,
+        num_gpus=c.num_gpus,
+        accelerator_type=c.accelerator_type,
+        runtime_env=c.runtime_env,
+        udf_modifying_row_count=False,
+    )
 
 
 def build_processor(

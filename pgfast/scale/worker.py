@@ -35,6 +35,7 @@ class EngineWorker:
 
     def __init__(
         self,
+        *,
         bundle: str | None,
         provider: str,
         threads: int,
@@ -99,9 +100,8 @@ class EngineWorker:
                 options = GenerateOptions(**{name: value for name, value in options.items() if value is not None})
             except TypeError as error:
                 raise InputError(f"options: {error}") from error
-        if question is None:
-            return self._engine.generate(image, str(prompt), options=options)
-        return self._engine.answer(image, question, choices=choices, language=language, options=options)
+        ask = {"question": question, "prompt": prompt, "choices": choices, "language": language, "options": options}
+        return self._engine.submit(image, **ask).result()
 
 
 def _no_answer(error: Exception) -> dict[str, Any]:
