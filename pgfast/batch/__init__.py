@@ -1,0 +1,1 @@
+"""Many questions from a file or a folder: `pgfast batch`."""
