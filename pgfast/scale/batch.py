@@ -56,13 +56,13 @@ def answer_rows_on_cluster(
     """
     import ray
 
-    blocks = [ray.put(block) for block in _blocks(rows, config.batch_size)]
+    blocks: list[Any] = [ray.put(block) for block in _blocks(rows, config.batch_size)]
     if not blocks:
         return
     dataset = map_engines(_in_order(ray.data.from_arrow_refs(blocks)), RowsWorker, config, options=options)
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for result in table["result"].to_pylist():
-            yield pickle.loads(result)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for result in batch["result"]:
+            yield pickle.loads(result.as_py())
 
 
 def _blocks(rows: Iterable[Row], size: int) -> Iterator[pa.Table]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ class Placement:
 def ray_options(command: F) -> F:
     """Add --ray, --engines and --engine-cpus."""
     for option in (
-        click.option("--engine-cpus", type=click.IntRange(1), default=2, show_default=True, help="Cores of each engine on Ray."),
+        click.option(
+            "--engine-cpus", type=click.IntRange(1), default=2, show_default=True, help="Cores of each engine on Ray."
+        ),
         click.option("--engines", type=click.IntRange(1), help="Engines on Ray; by default as many as fit, one per GPU."),
         click.option(
             "--ray",
@@ -59,7 +62,7 @@ def connect(address: str) -> None:
     except ImportError as error:
         raise MissingDependencyError("ray", "scale") from error
     try:
-        ray.init(address=None if address == HERE else address, logging_level="WARNING", log_to_driver=False)
+        ray.init(address=None if address == HERE else address, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         line = str(error).strip().split("\n", 1)[0]
         raise ClusterError(f"no Ray cluster at {address}: {line}; 'ray start' begins one, --ray alone runs here") from error
@@ -78,7 +81,7 @@ def place(engines: int | None, engine_cpus: int, provider: str) -> Placement:
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     gpu = provider != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
     fit = 0
     for node in nodes:

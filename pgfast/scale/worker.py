@@ -100,8 +100,8 @@ class EngineWorker:
                 options = GenerateOptions(**{name: value for name, value in options.items() if value is not None})
             except TypeError as error:
                 raise InputError(f"options: {error}") from error
-        ask = {"question": question, "prompt": prompt, "choices": choices, "language": language, "options": options}
-        return self._engine.submit(image, **ask).result()
+        pending = self._engine.submit(image, question, prompt=prompt, choices=choices, language=language, options=options)
+        return pending.result()
 
 
 def _no_answer(error: Exception) -> dict[str, Any]:

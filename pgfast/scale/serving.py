@@ -1,0 +1,129 @@
+"""`pgfast serve --ray`: the server's application in replicas of Ray Serve, one engine each."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pgfast.server.app import build_app
+from pgfast.server.config import ServerConfig
+
+from .cluster import Placement
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+NAME = "pgfast"
+"""Of the application on the cluster."""
+SLOTS = 32
+"""Most questions that an engine decodes at a time."""
+AT_THE_DOOR = 64
+"""Requests that a replica takes beyond those it answers: it tells them 429 itself, and health checks come through."""
+FAILURES = 5
+"""Answers that fail in a row before a replica is replaced."""
+
+
+class Replica:
+    """One engine behind the server's application.
+
+    Args:
+        bundle: Folder on this node; None: the demo model.
+        provider: As in `pgfast.load`.
+        threads: CPU threads of the engine.
+        config: Limits, for each replica.
+    """
+
+    def __init__(self, bundle: str | None, provider: str, threads: int, config: ServerConfig) -> None:
+        import pgfast
+
+        engine = pgfast.load(bundle, provider=provider, threads=threads)
+        self._watched = FailureCount(build_app(engine, config))
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the application, to `serve.ingress`."""
+        return self._watched
+
+    def check_health(self) -> None:
+        """Raise when the engine fails every answer, as it does after its GPU is lost; Ray Serve replaces the replica."""
+        if self._watched.in_a_row >= FAILURES:
+            raise RuntimeError(f"the last {self._watched.in_a_row} answers failed")
+
+
+class FailureCount:
+    """Counts responses 500 since the last answer.
+
+    Args:
+        app: The application that is watched.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.in_a_row = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def watch(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] == 500:
+                    self.in_a_row += 1
+                elif message["status"] == 200 and scope["method"] == "POST":
+                    self.in_a_row = 0
+            await send(message)
+
+        await self._app(scope, receive, watch)
+
+
+def build_application(bundle: str | None, provider: str, config: ServerConfig, placement: Placement) -> Application:
+    """Describe the deployment; `ray.serve.run` starts it.
+
+    Args:
+        bundle: Folder at this path on every node; None: the demo model.
+        provider: As in `pgfast.load`.
+        config: Limits, for each replica.
+        placement: How many replicas, of what size.
+    """
+    from ray import serve
+
+    deployment: Any = serve.deployment(
+        name=NAME,
+        num_replicas=placement.engines,
+        ray_actor_options={"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus},
+        # the replica's own queue says no first, with Retry-After
+        max_ongoing_requests=config.max_queue + SLOTS + AT_THE_DOOR,
+        max_queued_requests=AT_THE_DOOR,
+        graceful_shutdown_timeout_s=config.drain_timeout,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"enable_access_log": False},
+    )(serve.ingress()(Replica))
+    application: Application = deployment.bind(bundle, provider, placement.num_cpus, config)
+    return application
+
+
+def start(application: Application, host: str, port: int, config: ServerConfig) -> None:
+    """Start Ray Serve with its proxies, and the application; returns when it answers.
+
+    Where Serve runs on the cluster already, it keeps its host and port.
+    """
+    from ray import serve
+
+    http: dict[str, Any] = {"host": host, "port": port, "keep_alive_timeout_s": math.ceil(config.keep_alive)}
+    # the application answers 504 itself; this is for a replica that hangs
+    serve.start(http_options={**http, "request_timeout_s": config.timeout + 10})
+    serve.run(application, name=NAME, route_prefix="/")
+
+
+def wait_and_stop(on_ready: Callable[[], None]) -> None:
+    """Wait for SIGTERM or Ctrl-C, then let requests in flight finish and take the application from the cluster."""
+    from ray import serve
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    on_ready()
+    stop.wait()
+    serve.delete(NAME)
