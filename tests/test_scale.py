@@ -1,0 +1,202 @@
+"""Engines in the actors of a local Ray with two cores: answers of one process, bad rows, deaths."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pgfast
+from pgfast.errors import InputError
+from pgfast.scale import PgfastProcessorConfig, build_processor
+from pgfast.scale.worker import ERROR, EngineWorker
+
+ray: Any = pytest.importorskip("ray")
+pyarrow: Any = pytest.importorskip("pyarrow")
+
+PICTURE = Path(pgfast.__file__).parent / "demo" / "blue_circle.png"
+COLOR, SHAPE = "what color is the shape?", "what shape is in the image?"
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]  # its own settings
+TWO = PgfastProcessorConfig(concurrency=2, batch_size=16, should_continue_on_error=True)
+
+
+def ray_processes(folder: str) -> list[int]:
+    """Processes of the Ray whose files are in `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if folder in (path / "environ").read_text(errors="replace") + (path / "cmdline").read_text():
+                found.append(int(path.name))
+        except OSError:  # it is gone
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="pgfast-ray-", dir="/tmp")  # short: names of sockets have a limit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        memory = 80 * 2**20
+        ray.init(
+            "local", num_cpus=2, include_dashboard=False, object_store_memory=memory, log_to_driver=False, _temp_dir=folder
+        )
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
+            mine = set(ray_processes(folder)) - {os.getpid()}
+            end = time.monotonic() + 10
+            while mine and time.monotonic() < end:
+                time.sleep(0.1)
+                mine = set(ray_processes(folder)) - {os.getpid()}
+            shutil.rmtree(folder, ignore_errors=True)
+            assert not mine
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[pgfast.Engine]:
+    with pgfast.load(threads=1) as engine:
+        yield engine
+
+
+def dataset(rows: list[dict[str, Any]], blocks: int = 8) -> Any:
+    data = ray.data.from_items(rows, override_num_blocks=min(blocks, len(rows)))
+    data.context.execution_options.preserve_order = True
+    return data
+
+
+def open_picture(row: dict[str, Any]) -> dict[str, Any]:
+    """The picture of a row in the three forms that an engine takes."""
+    import numpy as np
+    from PIL import Image
+
+    path = row["path"]
+    if row["id"] % 3 == 0:
+        return {"image": path}
+    if row["id"] % 3 == 1:
+        return {"image": Path(path).read_bytes()}
+    with Image.open(path) as picture:
+        return {"image": np.asarray(picture.convert("RGB"))}
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    rows = [{"id": i, "path": str(PICTURE), "question": COLOR if i % 4 < 2 else SHAPE} for i in range(count)]
+    return [row | {"choices": ["red", "blue", "circle"] if row["id"] % 5 == 0 else None} for row in rows]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_two_workers_answer_as_one_process(engine: pgfast.Engine) -> None:
+    rows = questions(150)
+    result = build_processor(TWO, open_picture)(dataset(rows)).take_all()
+    assert [{key: row[key] for key in rows[0]} for row in result] == rows
+    for row in result:
+        answer = engine.answer(PICTURE, row["question"], choices=row["choices"])
+        assert (row["text"], row["finish_reason"], row[ERROR]) == (answer.text, answer.finish_reason, "")
+        assert row["confidence"] == pytest.approx(answer.confidence, rel=1e-4)
+        assert row["token_logprobs"] == pytest.approx(answer.token_logprobs, abs=1e-4)
+        assert row["choice_probabilities"] == pytest.approx(list((answer.choices or {}).values()), abs=1e-4)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    died = tmp_path / "died"
+
+    def die_once(row: dict[str, Any]) -> dict[str, Any]:
+        if row["id"] == 100 and not died.exists():
+            died.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"image": "/nonexistent.png" if row["id"] == 7 else row["path"]}
+
+    def finish(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": row["id"], "said": row["text"], "worker": os.getpid()}
+
+    rows = questions(200)
+    result = build_processor(TWO, die_once, finish)(dataset(rows)).take_all()
+    assert [row["id"] for row in result] == list(range(200))
+    want = ["blue" if row["question"] == COLOR else "circle" for row in rows]
+    assert [row["said"] for row in result] == [None if i == 7 else said for i, said in enumerate(want)]
+    assert [i for i, row in enumerate(result) if row[ERROR]] == [7]
+    dead = int(died.read_text())
+    assert not Path(f"/proc/{dead}").exists()
+    assert dead not in {row["worker"] for row in result[100:116]}  # the batch that it had
+    assert len({row["worker"] for row in result} - {None}) >= 2
+
+
+def worker(**changes: Any) -> EngineWorker:
+    arguments = {"bundle": None, "provider": "cpu", "threads": 1, "preprocess": None, "postprocess": None, "keep_errors": True}
+    return EngineWorker(**(arguments | changes))
+
+
+def test_prompts_options_and_postprocess(engine: pgfast.Engine) -> None:
+    ask = {
+        "image": str(PICTURE),
+        "prompt": f"answer en {COLOR}",
+        "question": None,
+        "options": {"max_new_tokens": 1, "seed": None},
+    }
+    table = pyarrow.Table.from_pylist([{"id": i, "text": "the row's own"} | ask for i in range(3)])
+    answer = engine.generate(PICTURE, f"answer en {COLOR}", options=pgfast.GenerateOptions(max_new_tokens=1))
+    assert answer.finish_reason == "length"
+
+    def finish(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": row["id"], "said": row["text"], "why": row["finish_reason"]}
+
+    said = [{"id": i, "said": answer.text, "why": "length"} for i in range(3)]
+    assert worker(postprocess=finish, keep_errors=False)(table) == {key: [row[key] for row in said] for key in said[0]}
+    result = worker()(table)
+    assert result.column_names == [
+        *("id", "image", "prompt", "question", "options"),
+        *("text", "confidence", "finish_reason", "token_logprobs", "choice_probabilities", ERROR),
+    ]
+    assert result["text"].to_pylist() == [answer.text] * 3
+    assert result.schema.field("choice_probabilities").type == pyarrow.list_(pyarrow.float64())  # though no row has any
+
+
+def test_a_row_that_cannot_be_answered_says_why() -> None:
+    rows: list[dict[str, Any]] = [{"id": i, "path": str(PICTURE), "question": COLOR, "prompt": None} for i in range(8)]
+    rows[1]["path"] = "/nonexistent.png"
+    rows[2]["question"] = " "
+    rows[3]["prompt"] = "caption en"
+    rows[4]["path"] = None
+    rows[5]["options"] = {"heat": 1}
+    table = pyarrow.Table.from_pylist([{"options": None} | row for row in rows])
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        return {"image": Path(row["path"]).read_bytes()}
+
+    def finish(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": row["id"], "said": row["text"]}
+
+    result = worker(preprocess=read, postprocess=finish)(table)
+    assert result["id"] == list(range(8))
+    for error, part in zip(
+        result[ERROR],
+        ("", "nonexistent.png", "question is empty", "either a question or a prompt", "NoneType", "heat", "", ""),
+        strict=True,
+    ):
+        assert part in error
+        assert bool(part) == bool(error)
+    assert result["said"] == ["blue", None, None, None, None, None, "blue", "blue"]
+    without = worker(preprocess=read)(table)
+    assert without["text"].to_pylist() == [said or "" for said in result["said"]]
+    with pytest.raises(FileNotFoundError):
+        worker(preprocess=read, keep_errors=False)(table.slice(1, 1))
+    with pytest.raises(InputError, match="question is empty"):
+        worker(preprocess=read, keep_errors=False)(table.slice(2, 1))
+
+
+def test_values_out_of_range_are_refused() -> None:
+    for values in ({"concurrency": 0}, {"concurrency": (3, 2)}, {"batch_size": 0}, {"num_cpus": -1}):
+        with pytest.raises(InputError):
+            PgfastProcessorConfig(**values)
