@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO_RUN := build/demo-model
 
-.PHONY: demo test test-slow lint demo-model demo-bundle seed-example bench bench-full wheel clean
+.PHONY: demo test test-slow browser lint demo-model demo-bundle seed-example bench bench-full wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pgfast answer pgfast/demo/blue_circle.png "what color is the shape?"
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest
+
+# The server's page is tested in Chromium; without it those tests are skipped
+browser:
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo "no chromium, and it cannot be installed by this user: the page is not tested"
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -67,5 +72,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 # torch first and by itself: no other package may pull in a newer one
 $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.demo | $(BIN)/python
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[cpu,export,train,datasets,qlora,verify,bench]' --group dev
+	$(PIP) install -c constraints.txt -e '.[cpu,export,train,datasets,qlora,verify,serve,scale,bench]' --group dev
 	touch $@

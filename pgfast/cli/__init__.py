@@ -17,6 +17,7 @@ BUILT_IN = {
     "generate": "pgfast.cli.ask:generate",
     "inspect": "pgfast.cli.inspection:inspect",
     "doctor": "pgfast.cli.doctor:doctor",
+    "serve": "pgfast.server.cli:serve",
 }
 ENTRY_POINTS = "pgfast.commands"
 """Group through which export, train and bench join."""

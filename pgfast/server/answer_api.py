@@ -6,19 +6,24 @@ import dataclasses
 import json
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from pgfast.types import Answer, GenerateOptions
+from pgfast.types import GenerateOptions
 
-from .bodies import decode_picture, off_loop, parse_json, read_body
+from .bodies import decode_picture, invalid, off_loop, parse_json, read_body
 from .config import ServerConfig
-from .http_errors import ApiError, api_error
-from .service import AnswerService, Ask, with_disconnect
+from .forms import parse_form
+from .http_errors import ApiError
+from .service import AnswerService, Ask, Served
+from .streams import EventStream
+
+LISTS = frozenset(("choices", "stop"))
 
 
 class RemotePicture(BaseModel):
@@ -28,16 +33,14 @@ class RemotePicture(BaseModel):
     url: str
 
 
-class AnswerRequest(BaseModel):
-    """The body of POST /v1/answer."""
+class AnswerFields(BaseModel):
+    """What can be asked about a picture."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    image: str | RemotePicture
-    """The picture file as base64 or as a data URI, or where to fetch it."""
     question: str | None = None
     prompt: str | None = None
     choices: list[str] | None = Field(None, max_length=256)
-    language: str = "en"
+    language: str = Field("en", max_length=64)
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -54,32 +57,73 @@ class AnswerRequest(BaseModel):
         return Ask(picture, self.question, self.prompt, choices, self.language, options)
 
 
+class AnswerRequest(AnswerFields):
+    """The body of POST /v1/answer."""
+
+    image: str | RemotePicture
+    """The picture file as base64 or as a data URI, or where to fetch it."""
+
+
 def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
     """The routes of this file."""
 
-    async def answer(request: Request) -> Response:
-        body = await read_body(request, config.max_body)
-        ask = await off_loop(len(body), _read_json, body)
-        if request.query_params.get("stream") in ("1", "true"):
-            return StreamingResponse(_events(service, ask), media_type="text/event-stream")
-        return Response(
-            answer_json(service, await with_disconnect(request, service.answer(ask))), media_type="application/json"
-        )
+    async def answer(request: Request) -> Any:
+        ask = await _read(request, service, config)
+        if request.query_params.get("stream", "0") in ("1", "true"):
+            return EventStream(_events(service, ask))
+        return Response(answer_json(service, await service.answer(ask)), media_type="application/json")
 
     return [Route("/v1/answer", answer, methods=["POST"])]
 
 
-def _read_json(body: bytes) -> Ask:
-    read = parse_json(AnswerRequest, body)
-    if isinstance(read.image, RemotePicture):
-        raise ApiError(400, "image_error", "pictures are not fetched from URLs here: send the picture itself, as base64")
-    return read.ask(decode_picture(read.image))
+async def _read(request: Request, service: AnswerService, config: ServerConfig) -> Ask:
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind not in ("application/json", "multipart/form-data"):
+        raise ApiError(415, "unsupported_media_type", "send application/json or multipart/form-data")
+    body = await read_body(request, config.max_body)
+    if kind == "application/json":
+        fields, picture = await off_loop(len(body), _read_json, body)
+    else:
+        fields, picture = await off_loop(len(body), _read_form, content_type.encode("latin-1"), body)
+    return fields.ask(picture if isinstance(picture, bytes) else await service.fetch_picture(picture.url))
 
 
-def answer_json(service: AnswerService, answer: Answer) -> bytes:
+def _read_json(body: bytes) -> tuple[AnswerFields, bytes | RemotePicture]:
+    asked = parse_json(AnswerRequest, body)
+    return asked, decode_picture(asked.image) if isinstance(asked.image, str) else asked.image
+
+
+def _read_form(content_type: bytes, body: bytes) -> tuple[AnswerFields, bytes]:
+    picture, values = None, dict[str, Any]()
+    for part in parse_form(content_type, body):
+        name, content = part.name, bytes(part.content)
+        if name == "image" and picture is None:
+            picture = content if part.is_file else decode_picture(content.decode("latin-1"))
+        elif name in LISTS:
+            values.setdefault(name, []).append(_text(name, content))
+        elif name == "image" or name in values:
+            raise ApiError(400, "invalid_request", f"{name}: it is there twice", param=name)
+        else:
+            values[name] = _text(name, content)
+    if picture is None:
+        raise ApiError(400, "invalid_request", "image: Field required", param="image")
+    try:
+        return AnswerFields.model_validate(values, strict=False), picture
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ApiError(400, "invalid_request", "a field of the form is not UTF-8", param=None) from None
+
+
+def answer_json(service: AnswerService, answer: Served) -> bytes:
     """The response's body."""
-    timings = dataclasses.asdict(answer.timings)
-    found: dict[str, Any] = {
+    found = {
         "id": f"answer-{uuid.uuid4().hex}",
         "model": service.model,
         "text": answer.text,
@@ -87,17 +131,16 @@ def answer_json(service: AnswerService, answer: Answer) -> bytes:
         "token_logprobs": answer.token_logprobs,
         "finish_reason": answer.finish_reason,
         "choices": answer.choices,
-        "timings": timings,
+        "image": {"width": answer.width, "height": answer.height},
+        "timings": {**dataclasses.asdict(answer.timings), "queue": answer.queue},
     }
     return json.dumps(found, ensure_ascii=False).encode()
 
 
 async def _events(service: AnswerService, ask: Ask) -> AsyncGenerator[bytes]:
-    try:
-        async for piece in service.stream(ask):
+    async with aclosing(service.stream(ask)) as pieces:
+        async for piece in pieces:
             if isinstance(piece, str):
-                yield b"event: piece\ndata: %b\n\n" % json.dumps({"text": piece}).encode()
+                yield b"event: piece\ndata: %b\n\n" % json.dumps({"text": piece}, ensure_ascii=False).encode()
             else:
                 yield b"event: answer\ndata: %b\n\n" % answer_json(service, piece)
-    except Exception as error:  # noqa: BLE001 - the status is sent already
-        yield b"event: error\ndata: %b\n\n" % api_error(error).body()

@@ -1,26 +1,59 @@
-"""Bodies of requests: read within limits; forms; pictures that are written as text."""
+"""Bodies of requests: read within limits, refused unread, JSON, pictures that are written as text."""
 
 from __future__ import annotations
 
 import asyncio
 import binascii
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
 
-from .http_errors import ApiError
+from .http_errors import ApiError, ErrorResponse
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
+READ = "pgfast.read"
+"""Where a request's scope says that the whole body was read."""
 SMALL = 2**17
 """Bytes that are parsed in the event loop: going to a thread and back would take longer."""
 SLICE = 2**20
 """Characters of base64 between two moments in which other threads may go on."""
 DATA_URI = re.compile(r"data:(?:image/[\w.+-]+|application/octet-stream)?(?:;[\w=.+-]+)*;base64,", re.ASCII)
+
+
+def announced(scope: Scope) -> float:
+    """Bytes of the body to come; infinite, if that is not said."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return float(value[:18])
+        if name == b"transfer-encoding":
+            return math.inf
+    return 0
+
+
+def is_read(scope: Scope) -> bool:
+    """Whether a request's body has been read to its end."""
+    return READ in scope
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with an error, without reading its body."""
+    if any(name == b"expect" for name, _ in scope["headers"]):
+        # it waits to be asked for its body; where the next request would begin is not known
+        await ErrorResponse(error, [(b"connection", b"close")])(scope, receive, send)
+    else:
+        await ErrorResponse(error, unread=announced(scope))(scope, receive, send)
+
+
+def too_large(limit: int) -> ApiError:
+    """The error for a body over the limit."""
+    return ApiError(413, "body_too_large", f"the body is larger than {limit:,} bytes")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -31,31 +64,23 @@ async def read_body(request: Request, limit: int) -> bytes:
         limit: Bytes; what is beyond stays unread.
 
     Raises:
-        ApiError: 413, if it is too long or says that it will be.
+        ApiError: 413, if it is longer.
     """
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise too_large(limit)
     message = await request.receive()
     body: bytes = message.get("body", b"")
     if message.get("more_body"):
         parts = bytearray(body)
-        while message.get("more_body"):
-            if len(parts) > limit:
-                raise too_large(limit)
+        while message.get("more_body") and len(parts) <= limit:
             message = await request.receive()
             parts += message.get("body", b"")
         body = bytes(parts)
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
+    if not message.get("more_body"):
+        request.scope[READ] = True
     if len(body) > limit:
         raise too_large(limit)
     return body
-
-
-def too_large(limit: int) -> ApiError:
-    """The error for a body over the limit."""
-    return ApiError(413, "body_too_large", f"the body is larger than {limit:,} bytes")
 
 
 async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:

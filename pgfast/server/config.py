@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pgfast.errors import InputError
 
 ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Limits and doors of a server.
 
@@ -34,7 +34,7 @@ class ServerConfig:
     """Pictures that are decoded at a time: each may need 12 bytes per pixel for a moment."""
     cache_pictures: int = 256 * 2**20
     """Bytes of encoded pictures that are kept in case they come again; 0: none."""
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     """One of them must be sent to use the API; empty: everybody may."""
     cors_origins: tuple[str, ...] = ()
     """Other sites whose pages may use the API from a browser."""

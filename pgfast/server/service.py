@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from starlette.requests import Request
 
 from pgfast.types import Answer, EncodedImage, GenerateOptions
 
+from .admission import TASKS, Admission
 from .config import ServerConfig
+from .http_errors import ApiError
+from .metrics import Metrics
+from .picture_cache import Encoded, PictureCache
 
 if TYPE_CHECKING:
-    from .interim import Engine, Pending
+    from pgfast.engine import Engine
+    from pgfast.pending import Pending
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+ENCODERS = 16
+"""Threads beyond the decoding ones: those that wait for the vision encoder at the same time share its runs."""
+QUICK_TEXT = 4096
+"""Characters that are tokenized in the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,17 @@ class Ask:
     choices: tuple[str, ...] | None = None
     language: str = "en"
     options: GenerateOptions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served(Answer):
+    """An answer with what the server knows of it; its times are the whole request's, from `AnswerService.answer` on."""
+
+    width: int
+    """Pixels of the picture as it was given."""
+    height: int
+    queue: float
+    """Seconds of the total in which the question waited for others."""
 
 
 class AnswerService:
@@ -51,76 +73,161 @@ class AnswerService:
         self.engine, self.config = engine, config
         self.model = engine.manifest.source.checkpoint.rstrip("/").rpartition("/")[2]
         """Name of the model, for clients."""
-        self._pool = ThreadPoolExecutor(config.decoders + 8, "pgfast-picture")
+        self.metrics = Metrics(engine)
+        self.admission = Admission(config, engine.load_figures().slots, self.metrics)
+        self.fetch: Callable[[str], bytes] | None = None
+        """Gets the picture behind a URL, in a thread; None: that is not allowed."""
+        self._pool = ThreadPoolExecutor(config.decoders + ENCODERS, "pgfast-picture")
         self._decoding = threading.Semaphore(config.decoders)
+        self._pictures = PictureCache(self._encode, self._pool, config.cache_pictures, self.metrics)
 
-    async def answer(self, ask: Ask) -> Answer:
+    def warm(self) -> None:
+        """Answer a question, so that the first client does not wait for what happens only once; blocks."""
+        size = self.engine.manifest.image.size
+        picture = np.zeros((size, size, 3), np.uint8)
+        self.engine.answer(picture, "?", options=GenerateOptions(max_new_tokens=2))
+
+    def close(self) -> None:
+        """End the threads, after what they do now."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def answer(self, ask: Ask) -> Served:
         """Answer a question.
 
         Raises:
-            ApiError: It took too long (504), or there is too much to do (429, 503).
             InputError: The picture, the text or an option cannot be used.
+            PgfastError: The engine failed, or is too busy.
         """
-        done = asyncio.Event()
-        pending, _ = await self._submit(ask, done, streaming=False)
+        question = _Question(self, ask, streaming=False)
+        pending = await question.submit()
         try:
-            await done.wait()
-            return pending.result(0)
+            await question.news.wait()
+            return question.finish(pending)
         finally:
             pending.cancel()
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[str | Answer]:
-        """Answer a question piece by piece; the pieces add up to the text, and the whole answer comes last.
+    async def stream(self, ask: Ask) -> AsyncGenerator[str | Served]:
+        """Answer a question piece by piece; the whole answer comes last. Choices are one piece: the answer.
 
         Closing the generator ends the work. Raises what `answer` raises.
         """
-        news, given = asyncio.Event(), ""
-        pending, _ = await self._submit(ask, news, streaming=True)
+        question, given, done = _Question(self, ask, streaming=True), "", False
+        pending = await question.submit()
         try:
-            while not pending.done:
-                await news.wait()
-                news.clear()
+            while not done:
+                done = await question.changed(pending)
                 text = pending.text()
                 if text.startswith(given) and len(text) > len(given):
                     yield text[len(given) :]
                     given = text
-            answer = pending.result(0)
-            if answer.text.startswith(given) and len(answer.text) > len(given):
-                yield answer.text[len(given) :]
-            yield answer
+            yield question.finish(pending)
         finally:
             pending.cancel()
 
-    async def _submit(self, ask: Ask, news: asyncio.Event, *, streaming: bool) -> tuple[Pending, float]:
-        loop = asyncio.get_running_loop()
+    async def follow(self, ask: Ask, *, streaming: bool) -> AsyncGenerator[Pending]:
+        """Yield the question each time that it has news, at last when it is done; without `streaming` only then.
 
-        def on_progress() -> None:  # in the engine's thread
-            loop.call_soon_threadsafe(news.set)
+        Closing the generator ends the work. Raises what `answer` raises.
+        """
+        question, done = _Question(self, ask, streaming=streaming), False
+        pending = await question.submit()
+        try:
+            while not done:
+                done = await question.changed(pending)
+                if done:
+                    question.finish(pending)
+                yield pending
+        finally:
+            pending.cancel()
 
-        start = time.perf_counter()
-        image = ask.picture
-        if not isinstance(image, EncodedImage):
-            image = await loop.run_in_executor(self._pool, self._encode, image)
-        pending = self.engine.submit(
-            image,
+    async def fetch_picture(self, url: str) -> bytes:
+        """Get the picture behind a URL.
+
+        Raises:
+            ApiError: 400, that is not allowed.
+            ImageError: It cannot be had.
+        """
+        if self.fetch is None:
+            message = "pictures are not fetched from URLs here: send the picture itself, as base64"
+            raise ApiError(400, "image_error", message, param="image")
+        return await asyncio.to_thread(self.fetch, url)
+
+    async def encoded(self, picture: bytes | EncodedImage) -> Encoded:
+        """Return a picture encoded, from the cache if it can be."""
+        return (picture, (0.0, 0.0)) if isinstance(picture, EncodedImage) else await self._pictures.get(picture)
+
+    def _encode(self, picture: bytes) -> Encoded:
+        with self._decoding:
+            start = time.perf_counter()
+            prepared = self.engine.prepare_image(picture, max_pixels=self.config.max_pixels)
+            decoded = time.perf_counter()
+        return self.engine.encode_image(prepared), (decoded - start, time.perf_counter() - decoded)
+
+
+class _Question:
+    """One question on its way: wakes the event loop, keeps the time."""
+
+    def __init__(self, service: AnswerService, ask: Ask, *, streaming: bool) -> None:
+        self._service, self._ask, self._streaming = service, ask, streaming
+        self._loop = asyncio.get_running_loop()
+        self._start = time.perf_counter()
+        self.news = asyncio.Event()
+
+    async def submit(self) -> Pending:
+        """Get the picture encoded and put the question into the running batch."""
+        ask = self._ask
+        self._image, (self._preprocess, self._vision) = await self._service.encoded(ask.picture)
+        size = len(ask.question or "") + len(ask.prompt or "") + sum(map(len, ask.choices or ()))
+        self._submitted = time.perf_counter()
+        return self._submit() if size <= QUICK_TEXT else await asyncio.to_thread(self._submit)
+
+    def _submit(self) -> Pending:
+        ask = self._ask
+        return self._service.engine.submit(
+            self._image,
             ask.question,
             prompt=ask.prompt,
             choices=ask.choices,
             language=ask.language,
             options=ask.options,
-            on_progress=on_progress,
-            streaming=streaming,
+            streaming=self._streaming,
+            on_progress=self._on_progress,
         )
-        return pending, start
 
-    def _encode(self, picture: bytes) -> EncodedImage:
-        with self._decoding:
-            prepared = self.engine.prepare_image(picture, max_pixels=self.config.max_pixels)
-        return self.engine.encode_image(prepared)
+    def _on_progress(self) -> None:  # in the engine's thread
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self.news.set)
+
+    async def changed(self, pending: Pending) -> bool:
+        """Wait for news; returns whether it was the end."""
+        await self.news.wait()
+        self.news.clear()
+        return pending.done
+
+    def finish(self, pending: Pending) -> Served:
+        """Take the answer, and count it."""
+        answer, before = pending.result(0), self._submitted - self._start
+        engine, metrics = answer.timings, self._service.metrics
+        later = len(answer.token_ids) - 1
+        metrics.first_token.observe(before + engine.ttft)
+        if later > 0:
+            metrics.later_token.observe(engine.decode / later)
+        times = dataclasses.replace(
+            engine,
+            preprocess=engine.preprocess + self._preprocess,
+            vision=self._vision,
+            ttft=before + engine.ttft,
+            total=before + engine.total,
+        )
+        queue = times.total - times.preprocess - times.vision - times.prefill - times.decode
+        fields = {field.name: getattr(answer, field.name) for field in dataclasses.fields(Answer)} | {"timings": times}
+        return Served(**fields, width=self._image.width, height=self._image.height, queue=max(0.0, queue))
 
 
 async def with_disconnect(request: Request, awaitable: Awaitable[T]) -> T:
     """Await something, and cancel it when the client goes away."""
+    if TASKS in request.scope:  # the connection sees to it, at no cost
+        return await awaitable
     task = asyncio.current_task()
     assert task is not None
 

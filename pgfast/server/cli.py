@@ -1,0 +1,84 @@
+"""`pgfast serve`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgfast.errors import MissingDependencyError
+
+MIB = 2**20
+
+
+def _limits(command: Any) -> Any:
+    """Add one option per limit; what is not given stays `ServerConfig`'s default."""
+    for option in (
+        click.option("--drain-timeout", type=float, metavar="SECONDS", help="For requests in flight when it stops [30]."),
+        click.option("--cache-pictures", type=float, metavar="MB", help="Encoded pictures to keep; 0: none [256]."),
+        click.option("--decoders", type=int, help="Pictures decoded at a time [one per core, at most 4]."),
+        click.option("--max-pixels", type=int, help="Largest picture [50000000]."),
+        click.option("--max-body-mb", type=float, metavar="MB", help="Largest request [20]."),
+        click.option("--timeout", type=float, metavar="SECONDS", help="For a whole request [60]."),
+        click.option("--max-queue", type=int, help="Requests that may wait; more get status 429 [256]."),
+    ):
+        command = option(command)
+    return command
+
+
+def _doors(command: Any) -> Any:
+    """Add who may ask, from where."""
+    for option in (
+        click.option("--allow-url-host", multiple=True, metavar="HOST", help="Fetch pictures from this host; repeatable."),
+        click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Site whose pages may ask; repeatable."),
+        click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one per line: only who has one may ask."),
+        click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."),
+        click.option("--host", default="127.0.0.1", show_default=True, help="Interface; 0.0.0.0: all of them."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option("-m", "--model", metavar="BUNDLE", envvar="PGFAST_MODEL", help="Bundle folder [env: PGFAST_MODEL].")
+@click.option("--provider", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or tensorrt-rtx.")
+@click.option("--threads", type=int, help="CPU threads; by default one per core.")
+@_doors
+@_limits
+def serve(model: str | None, provider: str, threads: int | None, host: str, port: int, **given: Any) -> None:
+    """Answer questions over HTTP: a web page, a JSON API and an OpenAI-compatible one."""
+    for module in ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic", "python_multipart"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise MissingDependencyError(module, "serve") from error
+    from pgfast.cli.options import load_engine
+
+    from .serving import bind, run, url_of
+
+    config = _config(given)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="pgfast: %(levelname)s: %(message)s")
+    sock = bind(host, port)
+    with sock, load_engine(model, provider, threads) as engine:
+        run(engine, config, sock, lambda: print(f"pgfast: serving on {url_of(sock)}", file=sys.stderr, flush=True))
+
+
+def _config(given: dict[str, Any]) -> Any:
+    from .access import read_keys
+    from .config import ServerConfig
+
+    values = {name: value for name, value in given.items() if value is not None}
+    values["cors_origins"] = values.pop("cors_origin")
+    values["allow_url_hosts"] = values.pop("allow_url_host")
+    if "api_key_file" in values:
+        values["api_keys"] = read_keys(values.pop("api_key_file"))
+    if "max_body_mb" in values:
+        values["max_body"] = int(values.pop("max_body_mb") * MIB)
+        values["max_bodies"] = max(ServerConfig.max_bodies, 4 * values["max_body"])
+    if "cache_pictures" in values:
+        values["cache_pictures"] = int(values["cache_pictures"] * MIB)
+    return ServerConfig(**values)
