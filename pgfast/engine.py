@@ -180,6 +180,7 @@ class Engine:
         language: str = "en",
         options: GenerateOptions | None = None,
         streaming: bool = False,
+        patient: bool = False,
         on_progress: Callable[[], None] | None = None,
     ) -> Pending:
         """Ask without waiting for the answer; only the vision encoder runs before it returns.
@@ -192,6 +193,7 @@ class Engine:
             language: See `question`.
             options: How to decode.
             streaming: Let `Pending.pieces` and `on_progress` report every token, not only the end.
+            patient: The caller waits for many answers, so other patient questions may be let in before this one goes on.
             on_progress: Called in the engine's thread when there is news; it must be quick.
 
         Raises:
@@ -208,7 +210,9 @@ class Engine:
         row = self._generation(options) if choice_ids is None else ChoiceScores(choice_ids)
         checked = time.perf_counter() - start
         (encoded,), (preprocess, vision) = self._pictures.encode([image])
-        ticket = self._scheduler.submit(row, encoded.image_features, ids, streaming=streaming, on_progress=on_progress)
+        ticket = self._scheduler.submit(
+            row, encoded.image_features, ids, streaming=streaming, patient=patient, on_progress=on_progress
+        )
         return Pending(row, ticket, self._tokenizer, options, choices, start, checked + preprocess, vision)
 
     def answer_batch(
@@ -295,6 +299,12 @@ class Engine:
         encoded = self._pictures.encode([image])[0][0]
         features = np.asarray(encoded.image_features)  # not in a GPU's memory: the caller may keep thousands
         return encoded if features is encoded.image_features else dataclasses.replace(encoded, image_features=features)
+
+    def encode_images(self, images: Sequence[ImageInput | PreparedImage]) -> list[EncodedImage]:
+        """Encode pictures, a few in each run, to ask about them soon: unlike `encode_image`, it may leave features on a GPU."""
+        most = self._model.together
+        parts = (images[first : first + most] for first in range(0, len(images), most))
+        return [encoded for part in parts for encoded in self._pictures.encode(part)[0]]
 
     def _generation(self, options: GenerateOptions) -> Generation:
         decode, stop = self._tokenizer.decode, options.stop  # not the engine: rows live in the scheduler's thread

@@ -45,6 +45,7 @@ class Source(Protocol):
 
     kind: str
     """jsonl, csv, folder or stdin."""
+    defaults: Defaults
     ignored: set[str]
     """Keys that rows had and nobody reads, as far as they were met."""
 
@@ -81,10 +82,12 @@ def open_source(path: str, defaults: Defaults | None = None) -> Source:
         return StdinSource(defaults)
     if os.path.isdir(path):
         return FolderSource(path, defaults)
-    kind = {".jsonl": JsonlSource, ".ndjson": JsonlSource, ".csv": CsvSource}.get(os.path.splitext(path)[1].lower())
-    if kind is None:
-        raise InputError(f"{path} is no input: give a .jsonl or .csv file, a folder of pictures, or - for JSONL from stdin")
-    return kind(path, defaults)
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return JsonlSource(path, defaults)
+    if suffix == ".csv":
+        return CsvSource(path, defaults)
+    raise InputError(f"{path} is no input: give a .jsonl or .csv file, a folder of pictures, or - for JSONL from stdin")
 
 
 class JsonlSource:
@@ -93,7 +96,7 @@ class JsonlSource:
     kind = "jsonl"
 
     def __init__(self, path: str, defaults: Defaults) -> None:
-        self._path, self._defaults = path, defaults
+        self._path, self.defaults = path, defaults
         self.ignored: set[str] = set()
         with _reading(path):
             pass
@@ -125,7 +128,7 @@ class JsonlSource:
             return failed(Row(number), error)
         if isinstance(fields, dict):
             self.ignored.update(fields.keys() - KEYS)
-        return to_row(number, fields, folder, self._defaults)
+        return to_row(number, fields, folder, self.defaults)
 
 
 class StdinSource(JsonlSource):
@@ -134,7 +137,7 @@ class StdinSource(JsonlSource):
     kind = "stdin"
 
     def __init__(self, defaults: Defaults) -> None:
-        self._defaults = defaults
+        self.defaults = defaults
         self.ignored = set()
 
     def survey(self) -> Survey:
@@ -152,7 +155,7 @@ class CsvSource:
     kind = "csv"
 
     def __init__(self, path: str, defaults: Defaults) -> None:
-        self._path, self._defaults = path, defaults
+        self._path, self.defaults = path, defaults
         with _reading(path) as file:
             header = next(_cells(file), None)
         if not header or isinstance(header, RowError):
@@ -185,7 +188,7 @@ class CsvSource:
         fields: dict[str, Any] = {name: cell for name, cell in zip(self._header, cells, strict=True) if cell}
         if "choices" in fields:
             fields["choices"] = [choice.strip() for choice in fields["choices"].split(CHOICE_SEPARATOR)]
-        return to_row(number, fields, folder, self._defaults)
+        return to_row(number, fields, folder, self.defaults)
 
 
 class FolderSource:
@@ -194,7 +197,7 @@ class FolderSource:
     kind = "folder"
 
     def __init__(self, folder: str, defaults: Defaults) -> None:
-        self._folder, self._defaults = folder, defaults
+        self._folder, self.defaults = folder, defaults
         self.ignored: set[str] = set()
         if defaults.question is None and defaults.prompt is None:
             raise InputError(f"{folder} is a folder of pictures: say with --question or --prompt what to ask about each")
@@ -217,7 +220,7 @@ class FolderSource:
         """See `Source.rows`."""
         for number, name in enumerate(_pictures(self._folder)):
             if number >= skip:
-                d, path = self._defaults, os.path.join(self._folder, name)
+                d, path = self.defaults, os.path.join(self._folder, name)
                 yield Row(number, image=name, picture=path, question=d.question, prompt=d.prompt, language=d.language)
 
 
@@ -285,6 +288,8 @@ def _parse(line: bytes) -> Any:
         return json.loads(line.decode(), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise RowError("the row is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"the row is not JSON: {error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:
         raise RowError(f"the row is not JSON: {error}") from error
 

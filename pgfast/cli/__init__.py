@@ -15,6 +15,7 @@ from pgfast.errors import PgfastError
 BUILT_IN = {
     "answer": "pgfast.cli.ask:answer",
     "generate": "pgfast.cli.ask:generate",
+    "batch": "pgfast.batch.cli:batch",
     "inspect": "pgfast.cli.inspection:inspect",
     "doctor": "pgfast.cli.doctor:doctor",
     "serve": "pgfast.server.cli:serve",
