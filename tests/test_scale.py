@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -131,6 +133,35 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(tmp_path: Pat
     assert not Path(f"/proc/{dead}").exists()
     assert dead not in {row["worker"] for row in result[100:116]}  # the batch that it had
     assert len({row["worker"] for row in result} - {None}) >= 2
+
+
+def test_batch_on_ray_goes_on_after_a_kill_and_writes_what_one_process_writes(cluster: str, tmp_path: Path) -> None:
+    rows = [
+        {"id": f"q{i}", "image": "missing.png" if i == 7 else "blue.png", "question": (COLOR, SHAPE)[i % 2]} for i in range(600)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(PICTURE, tmp_path / "blue.png")
+    command = [sys.executable, "-m", "pgfast", "batch", "in.jsonl", "ray.jsonl", "--engine-cpus", "1", "--ray", cluster]
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    with first:
+        while not (out := tmp_path / "ray.jsonl").exists() or out.read_bytes().count(b"\n") < 100:
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.01)
+        first.kill()
+    assert out.read_bytes().count(b"\n") < 600
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr  # there is an error row
+    assert "600 rows, 1 of them errors" in done.stderr
+    alone = [*command[:5], "alone.jsonl", "--threads", "1"]
+    subprocess.run(alone, cwd=tmp_path, capture_output=True, check=False)
+    assert records(tmp_path / "ray.jsonl") == records(tmp_path / "alone.jsonl")
+    assert [row["id"] for row in records(tmp_path / "ray.jsonl")] == [row["id"] for row in rows]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Lines of an OUT; confidences to the digits that do not depend on how questions were batched."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line | {"confidence": line["confidence"] and round(line["confidence"], 4)} for line in lines]
 
 
 def worker(**changes: Any) -> EngineWorker:

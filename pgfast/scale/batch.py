@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import itertools
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pgfast.batch.answering import answer_rows
 from pgfast.batch.rows import Result, Row
+from pgfast.errors import ClusterError
 from pgfast.types import GenerateOptions
 
+from .cluster import Cluster, connected, one_line
 from .processor import PgfastProcessorConfig, map_engines
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
+
+BATCH = 64
+"""Rows of one task: few enough that a kill costs little, enough that a task's own cost does not matter."""
 
 
 class RowsWorker:
@@ -27,12 +32,17 @@ class RowsWorker:
         bundle: Folder on this node; None: the demo model.
         provider: As in `pgfast.load`.
         threads: CPU threads of the engine.
+        folder: What the rows' paths are relative to.
         options: How to decode.
     """
 
-    def __init__(self, *, bundle: str | None, provider: str, threads: int, options: GenerateOptions | None) -> None:
+    def __init__(
+        self, *, bundle: str | None, provider: str, threads: int, folder: str, options: GenerateOptions | None
+    ) -> None:
         import pgfast
 
+        with contextlib.suppress(OSError):  # where it is missing, whole paths may do
+            os.chdir(folder)
         self._engine, self._options = pgfast.load(bundle, provider=provider, threads=threads), options
 
     def __call__(self, table: pa.Table) -> dict[str, list[bytes]]:
@@ -41,28 +51,47 @@ class RowsWorker:
         return {"result": [pickle.dumps(result) for result in answer_rows(self._engine, rows, options=self._options)]}
 
 
-def answer_rows_on_cluster(
-    rows: Iterable[Row], config: PgfastProcessorConfig, *, options: GenerateOptions | None = None
-) -> Iterator[Result]:
-    """Answer rows like `answer_rows`, on the cluster that this process is connected to; results come in the rows' order.
+def answer_on_ray(
+    rows: Iterable[Row], cluster: Cluster, *, options: GenerateOptions | None = None, batch_size: int = BATCH
+) -> Generator[Result]:
+    """Answer rows like `answer_rows`, on a cluster; results come in the rows' order.
 
     All rows are read before the first is answered: they wait in Ray's object store, which goes to disk when it is full.
     An actor that dies is replaced, and its batches are answered by another.
 
     Args:
         rows: Their pictures' paths must mean the same on every node.
-        config: The bundle and the engines; `batch_size` rows are one task.
+        cluster: Where, and with what engines.
         options: How to decode.
-    """
-    import ray
+        batch_size: Rows of one task.
 
-    blocks: list[Any] = [ray.put(block) for block in _blocks(rows, config.batch_size)]
-    if not blocks:
-        return
-    dataset = map_engines(_in_order(ray.data.from_arrow_refs(blocks)), RowsWorker, config, options=options)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for result in batch["result"]:
-            yield pickle.loads(result.as_py())
+    Raises:
+        PgfastError: There is no such cluster, or it cannot run the engines.
+    """
+    with connected(cluster) as placement:
+        import ray
+
+        blocks: list[Any] = [ray.put(block) for block in _blocks(rows, batch_size)]
+        if not blocks:
+            return
+        config = PgfastProcessorConfig(
+            bundle=cluster.bundle,
+            provider=cluster.provider,
+            threads=cluster.threads,
+            batch_size=batch_size,
+            concurrency=min(placement.engines, len(blocks)),
+            num_cpus=placement.num_cpus,
+            num_gpus=placement.num_gpus,
+        )
+        dataset = map_engines(
+            _in_order(ray.data.from_arrow_refs(blocks)), RowsWorker, config, folder=os.getcwd(), options=options
+        )
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for result in batch["result"]:
+                    yield pickle.loads(result.as_py())
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"the engines on Ray failed: {one_line(error)}") from error
 
 
 def _blocks(rows: Iterable[Row], size: int) -> Iterator[pa.Table]:
@@ -70,12 +99,7 @@ def _blocks(rows: Iterable[Row], size: int) -> Iterator[pa.Table]:
 
     rest = iter(rows)
     while part := list(itertools.islice(rest, size)):
-        yield pa.table({"row": pa.array([pickle.dumps(_anywhere(row)) for row in part], pa.binary())})
-
-
-def _anywhere(row: Row) -> Row:
-    """The row with a path that does not depend on where this process was started."""
-    return row if row.embedded or not row.picture else dataclasses.replace(row, picture=os.path.abspath(row.picture))
+        yield pa.table({"row": pa.array([pickle.dumps(row) for row in part], pa.binary())})
 
 
 def _in_order(dataset: Dataset) -> Any:

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pgfast.errors import ClusterError
 from pgfast.server.app import build_app
 from pgfast.server.config import ServerConfig
 
-from .cluster import Placement
+from .cluster import Cluster, Placement, connected, one_line
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -40,8 +41,9 @@ class Replica:
     def __init__(self, bundle: str | None, provider: str, threads: int, config: ServerConfig) -> None:
         import pgfast
 
-        engine = pgfast.load(bundle, provider=provider, threads=threads)
-        self._watched = FailureCount(build_app(engine, config))
+        app = build_app(pgfast.load(bundle, provider=provider, threads=threads), config)
+        app.state.service.warm()
+        self._watched = FailureCount(app)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application, to `serve.ingress`."""
@@ -78,14 +80,13 @@ class FailureCount:
         await self._app(scope, receive, watch)
 
 
-def build_application(bundle: str | None, provider: str, config: ServerConfig, placement: Placement) -> Application:
+def build_application(cluster: Cluster, placement: Placement, config: ServerConfig) -> Application:
     """Describe the deployment; `ray.serve.run` starts it.
 
     Args:
-        bundle: Folder at this path on every node; None: the demo model.
-        provider: As in `pgfast.load`.
-        config: Limits, for each replica.
+        cluster: The bundle, and how it is loaded.
         placement: How many replicas, of what size.
+        config: Limits, for each replica.
     """
     from ray import serve
 
@@ -96,11 +97,13 @@ def build_application(bundle: str | None, provider: str, config: ServerConfig, p
         # the replica's own queue says no first, with Retry-After
         max_ongoing_requests=config.max_queue + SLOTS + AT_THE_DOOR,
         max_queued_requests=AT_THE_DOOR,
+        max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=config.drain_timeout,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config={"enable_access_log": False},
     )(serve.ingress()(Replica))
-    application: Application = deployment.bind(bundle, provider, placement.num_cpus, config)
+    threads = cluster.threads or placement.num_cpus
+    application: Application = deployment.bind(cluster.bundle, cluster.provider, threads, config)
     return application
 
 
@@ -108,22 +111,41 @@ def start(application: Application, host: str, port: int, config: ServerConfig) 
     """Start Ray Serve with its proxies, and the application; returns when it answers.
 
     Where Serve runs on the cluster already, it keeps its host and port.
+
+    Raises:
+        ClusterError: The port cannot be had, or no replica starts.
     """
     from ray import serve
 
     http: dict[str, Any] = {"host": host, "port": port, "keep_alive_timeout_s": math.ceil(config.keep_alive)}
-    # the application answers 504 itself; this is for a replica that hangs
-    serve.start(http_options={**http, "request_timeout_s": config.timeout + 10})
-    serve.run(application, name=NAME, route_prefix="/")
+    try:
+        # the application answers 504 itself; this is for a replica that hangs
+        serve.start(http_options={**http, "request_timeout_s": config.timeout + 10})
+        serve.run(application, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise ClusterError(f"Ray Serve did not start: {one_line(error)}") from error
 
 
-def wait_and_stop(on_ready: Callable[[], None]) -> None:
-    """Wait for SIGTERM or Ctrl-C, then let requests in flight finish and take the application from the cluster."""
-    from ray import serve
+def run(cluster: Cluster, config: ServerConfig, host: str, port: int, on_ready: Callable[[int], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, then let requests in flight finish and take the application from the cluster.
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    on_ready()
-    stop.wait()
-    serve.delete(NAME)
+    Args:
+        cluster: Where, and with what engines.
+        config: Limits, for each replica.
+        host: Interface of every node that has a replica.
+        port: Its port.
+        on_ready: Called with the number of replicas when they answer.
+
+    Raises:
+        PgfastError: It cannot be started.
+    """
+    with connected(cluster) as placement:
+        from ray import serve
+
+        start(build_application(cluster, placement, config), host, port, config)
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        on_ready(placement.engines)
+        stop.wait()
+        serve.delete(NAME)

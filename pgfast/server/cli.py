@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pgfast.errors import MissingDependencyError
+from pgfast.scale.cluster import Cluster, ray_options
 
 MIB = 2**20
 
@@ -49,6 +50,7 @@ def _doors(command: Any) -> Any:
 @click.option("--threads", type=int, help="CPU threads; by default one per core.")
 @_doors
 @_limits
+@ray_options
 def serve(model: str | None, provider: str, threads: int | None, host: str, port: int, **given: Any) -> None:
     """Answer questions over HTTP: a web page, a JSON API and an OpenAI-compatible one."""
     for module in ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic", "python_multipart"):
@@ -60,11 +62,22 @@ def serve(model: str | None, provider: str, threads: int | None, host: str, port
 
     from .serving import bind, run, url_of
 
+    cluster = Cluster.of(given, model, provider, threads)
     config = _config(given)
+    if cluster is not None:
+        from pgfast.scale import serving
+
+        where = f"http://{host}:{port} of every node"
+        serving.run(cluster, config, host, port, lambda count: _say(f"serving on {where}, {count} engines"))
+        return
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="pgfast: %(levelname)s: %(message)s")
     sock = bind(host, port)
     with sock, load_engine(model, provider, threads) as engine:
-        run(engine, config, sock, lambda: print(f"pgfast: serving on {url_of(sock)}", file=sys.stderr, flush=True))
+        run(engine, config, sock, lambda: _say(f"serving on {url_of(sock)}"))
+
+
+def _say(text: str) -> None:
+    print(f"pgfast: {text}", file=sys.stderr, flush=True)
 
 
 def _config(given: dict[str, Any]) -> Any:
