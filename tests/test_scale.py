@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 import pgfast
@@ -30,15 +34,18 @@ pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.co
 TWO = PgfastProcessorConfig(concurrency=2, batch_size=16, should_continue_on_error=True)
 
 
-def ray_processes(folder: str) -> list[int]:
-    """Processes of the Ray whose files are in `folder`."""
-    found = []
+def children(parent: int) -> dict[int, str]:
+    """All processes below one, with their titles."""
+    parents, titles = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if folder in (path / "environ").read_text(errors="replace") + (path / "cmdline").read_text():
-                found.append(int(path.name))
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
         except OSError:  # it is gone
             continue
+    found, below = {}, {parent}
+    while below := {number for number, above in parents.items() if above in below}:
+        found |= {number: titles.get(number, "") for number in below}
     return found
 
 
@@ -56,14 +63,14 @@ def cluster() -> Iterator[str]:
         try:
             yield ray.get_runtime_context().gcs_address
         finally:
+            mine = children(os.getpid())
             ray.shutdown()
-            mine = set(ray_processes(folder)) - {os.getpid()}
-            end = time.monotonic() + 10
-            while mine and time.monotonic() < end:
+            end = time.monotonic() + 20
+            while (left := [number for number in mine if Path(f"/proc/{number}").exists()]) and time.monotonic() < end:
                 time.sleep(0.1)
-                mine = set(ray_processes(folder)) - {os.getpid()}
             shutil.rmtree(folder, ignore_errors=True)
-            assert not mine
+            assert len(mine) >= 3
+            assert not left
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +169,64 @@ def records(path: Path) -> list[dict[str, Any]]:
     """Lines of an OUT; confidences to the digits that do not depend on how questions were batched."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line | {"confidence": line["confidence"] and round(line["confidence"], 4)} for line in lines]
+
+
+@pytest.fixture
+def server(cluster: str, tmp_path: Path) -> Iterator[str]:
+    """`pgfast serve --ray` with two engines and a key; gives its address."""
+    (tmp_path / "keys").write_text("s3cret\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "pgfast", "serve", "--port", str(port), "--api-key-file", str(tmp_path / "keys")]
+    command += ["--engines", "2", "--engine-cpus", "1", "--ray", cluster]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = ""
+            while "2 engines" not in said:
+                said = process.stderr.readline()
+                assert said, process.wait()
+            yield f"http://127.0.0.1:{port}"
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def test_two_replicas_answer_like_the_engine_and_one_may_die(cluster: str, server: str, engine: pgfast.Engine) -> None:
+    client = httpx.Client(base_url=server, headers={"authorization": "Bearer s3cret"}, timeout=30)
+    picture = base64.b64encode(PICTURE.read_bytes()).decode()
+    ask = {"image": picture, "question": COLOR, "choices": ["red", "blue"]}
+    want = engine.answer(PICTURE, COLOR, choices=["red", "blue"])
+
+    def check(response: httpx.Response) -> None:
+        assert response.status_code == 200, response.text
+        assert response.json()["text"] == want.text
+        assert response.json()["confidence"] == pytest.approx(want.confidence, rel=1e-4)
+        assert response.json()["choices"] == pytest.approx(want.choices, abs=1e-4)
+
+    with client:
+        assert client.get("/readyz").text == "ready\n"
+        assert client.post("/v1/answer", json=ask, headers={"authorization": "Bearer wrong"}).status_code == 401
+        refused = client.post("/v1/answer", json=ask | {"question": " "})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "prompt_error")
+        with ThreadPoolExecutor(8) as pool:
+            for response in pool.map(lambda _: client.post("/v1/answer", json=ask), range(64)):
+                check(response)
+        with client.stream("POST", "/v1/answer?stream=1", json={"image": picture, "question": SHAPE}) as response:
+            text = response.read().decode()
+        assert "event: piece\ndata: " in text
+        assert json.loads(text.split("event: answer\ndata: ")[1])["text"] == engine.answer(PICTURE, SHAPE).text
+        first, second = replicas()
+        os.kill(first, signal.SIGKILL)
+        for _ in range(32):
+            check(client.post("/v1/answer", json=ask))
+        assert second in replicas()
+
+
+def replicas() -> list[int]:
+    """Processes that hold an engine of the server."""
+    return [number for number, title in children(os.getpid()).items() if title.startswith("ray::ServeReplica:pgfast")]
 
 
 def worker(**changes: Any) -> EngineWorker:

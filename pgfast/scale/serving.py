@@ -149,3 +149,5 @@ def run(cluster: Cluster, config: ServerConfig, host: str, port: int, on_ready: 
         on_ready(placement.engines)
         stop.wait()
         serve.delete(NAME)
+        if not serve.status().applications:  # nobody else's
+            serve.shutdown()  # type: ignore[no-untyped-call]
