@@ -102,7 +102,7 @@ def connected(cluster: Cluster) -> Iterator[Placement]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every start and end
     try:
         address = None if cluster.address == HERE else cluster.address
-        ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(address, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"no Ray cluster at {cluster.address}: {one_line(error)}") from error
     try:
