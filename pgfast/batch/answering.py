@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import os
 import queue
-import stat
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pgfast.engine import ENCODED_AHEAD
-from pgfast.errors import ImageError, InputError, PgfastError
+from pgfast.errors import InputError, PgfastError
 from pgfast.pictures import RECENT
 from pgfast.runtime.model import TOGETHER
 from pgfast.types import EncodedImage, GenerateOptions, PreparedImage
 
-from .rows import Failure, Result, Row
+from .rows import Failure, Result, Row, picture_of
 
 if TYPE_CHECKING:
     from pgfast.engine import Engine
@@ -33,6 +30,8 @@ WINDOW = 1024
 PLACES = 32
 """Pictures that are read and decoded ahead of the vision encoder; one inside its row takes a place for each `PLACE_BYTES`."""
 PLACE_BYTES = 8 * 2**20
+SECONDS_BETWEEN_LOOKS = 0.1
+"""While no further row may be read, for results that are there."""
 
 
 def answer_rows(
@@ -46,25 +45,26 @@ def answer_rows(
         engine: A loaded bundle, without `max_waiting`.
         rows: Read lazily, in the thread that asks for results.
         options: How to decode. With a seed, each row adds its number to it, so that equal rows draw differently.
-        threads: How many decode pictures; None: one per core, from 4 to 16.
+        threads: How many decode pictures; None: one per two cores, from 2 to 16.
 
     Raises:
         PgfastError: The engine cannot go on; no row is to blame.
     """
-    threads = threads or min(max(os.cpu_count() or 1, 4), 16)
+    threads = threads or min(max((os.cpu_count() or 1) // 2, 2), 16)
     return _Answering(engine, options or GenerateOptions()).results(rows, threads)
 
 
 class _Picture:
     """A picture of one or several rows near each other."""
 
-    def __init__(self, prepared: Future[tuple[PreparedImage, float]], places: int) -> None:
-        self.prepared = prepared
+    def __init__(self, places: int) -> None:
         self.places = places
         """Those of `PLACES` that it takes until it is encoded."""
+        self.prepared: Future[tuple[PreparedImage, float]] = Future()
+        """With the seconds that it took."""
         self.encoded: EncodedImage | None = None
         self.seconds = (0.0, 0.0)
-        """What decoding and the vision encoder took; for the first row that asks about it."""
+        """What preparing and the vision encoder took; for the first row that asks about it."""
 
 
 class _Asked:
@@ -72,20 +72,30 @@ class _Asked:
 
     def __init__(self, row: Row) -> None:
         self.row = row
-        self.submitted: Future[tuple[Pending, tuple[float, float]]] = Future()
-        """With the seconds of its picture."""
+        self._outcome: tuple[Pending, tuple[float, float]] | Exception | None = None
+        self._known = queue.SimpleQueue[None]()
+
+    def submitted(self, outcome: tuple[Pending, tuple[float, float]] | Exception) -> None:
+        """Take what the engine works on with the seconds of its picture, or why it does not."""
+        self._outcome = outcome
+        self._known.put(None)
 
     @property
     def done(self) -> bool:
         """Whether `result` has something to return or to raise at once."""
-        s = self.submitted
-        return self.row.error is not None or (s.done() and (s.exception() is not None or s.result()[0].done))
+        if self.row.error is not None or isinstance(self._outcome, Exception):
+            return True
+        return self._outcome is not None and self._outcome[0].done
 
     def result(self) -> Result:
         if self.row.error is not None:
             return Result(self.row, error=self.row.error)
+        self._known.get()
+        assert self._outcome is not None
         try:
-            pending, (preprocess, vision) = self.submitted.result()
+            if isinstance(self._outcome, Exception):
+                raise self._outcome
+            pending, (preprocess, vision) = self._outcome
             answer = pending.result()
         except InputError as error:
             return Result(self.row, error=Failure.of(error))
@@ -93,19 +103,24 @@ class _Asked:
         return Result(self.row, dataclasses.replace(answer, timings=timings))
 
     def cancel(self) -> None:
-        if self.submitted.done() and self.submitted.exception() is None:
-            self.submitted.result()[0].cancel()
+        if isinstance(self._outcome, tuple):
+            self._outcome[0].cancel()
 
 
 class _Answering:
-    """One run of `answer_rows`: the caller's thread reads rows and yields results, others decode, one feeds the engine."""
+    """One run of `answer_rows`: the caller's thread reads rows and yields results, others decode, one feeds the engine.
+
+    The caller's thread, which Ctrl-C may interrupt anywhere, shares only queues with the others: no lock can stay locked.
+    """
 
     def __init__(self, engine: Engine, options: GenerateOptions) -> None:
         self._engine, self._options = engine, options
         self._recent: OrderedDict[str, _Picture] = OrderedDict()
+        self._to_decode = queue.SimpleQueue[tuple[Row, _Picture] | None]()
         self._to_feed = queue.SimpleQueue[tuple[_Asked, _Picture] | None]()
         self._stopping = False
-        # semaphores that Ctrl-C cannot leave locked
+        self._freed = 0
+        """Places to be given back; the feeder's."""
         self._places, self._room = queue.SimpleQueue[None](), queue.SimpleQueue[None]()
         for _ in range(PLACES):
             self._places.put(None)
@@ -114,56 +129,89 @@ class _Answering:
 
     def results(self, rows: Iterable[Row], threads: int) -> Generator[Result]:
         window: deque[_Asked] = deque()
-        pool = ThreadPoolExecutor(threads, "pgfast-decode")
-        feeder = threading.Thread(target=self._feed, name="pgfast-feed", daemon=True)
-        feeder.start()
+        workers = [threading.Thread(target=self._decode, name="pgfast-decode", daemon=True) for _ in range(threads)]
+        workers.append(threading.Thread(target=self._feed, name="pgfast-feed", daemon=True))
         try:
+            for worker in workers:
+                worker.start()
             for row in rows:
-                window.append(self._enter(row, pool))
+                picture = self._find(row)
+                needed = places = _places_of(row) if picture is None else 0
+                while needed:
+                    needed -= self._take_place()
+                    while window and window[0].done:
+                        yield window.popleft().result()
+                window.append(self._enter(row, picture, places))
                 while window and (len(window) >= WINDOW or window[0].done):
                     yield window.popleft().result()
             while window:
                 yield window.popleft().result()
         finally:
             self._stopping = True
-            pool.shutdown(cancel_futures=True)
+            for _ in range(threads):
+                self._to_decode.put(None)
             self._to_feed.put(None)
             self._room.put(None)  # in case the feeder waits for it
-            feeder.join()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
             for asked in window:
                 asked.cancel()
 
-    def _enter(self, row: Row, pool: ThreadPoolExecutor) -> _Asked:
-        """Start on a row; waits while enough pictures are ahead."""
+    def _find(self, row: Row) -> _Picture | None:
+        """Return the picture of a row if one of the rows just before asks about it too."""
+        picture = self._recent.pop(row.picture, None)
+        if picture is not None:
+            self._recent[row.picture] = picture  # to the end of the line
+        return picture
+
+    def _take_place(self) -> bool:
+        try:
+            self._places.get(timeout=SECONDS_BETWEEN_LOOKS)
+        except queue.Empty:
+            return False
+        return True
+
+    def _enter(self, row: Row, picture: _Picture | None, places: int) -> _Asked:
+        """Start on a row whose picture is known or has its places."""
         asked = _Asked(dataclasses.replace(row, picture="") if row.embedded else row)
         if row.error is not None:
             return asked
-        picture = self._recent.pop(row.picture, None)
         if picture is None:
-            places = min(1 + len(row.picture) // PLACE_BYTES, PLACES) if row.embedded else 1
-            for _ in range(places):
-                self._places.get()
-            picture = _Picture(pool.submit(self._prepare, row), places)
-        self._recent[row.picture] = picture  # to the end of the line
-        if len(self._recent) > RECENT:
-            self._recent.popitem(last=False)
+            picture = _Picture(places)
+            self._to_decode.put((row, picture))
+            if places == 1:  # the keys are the pictures themselves when they are inside rows
+                self._recent[row.picture] = picture
+            if len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
         self._to_feed.put((asked, picture))
         return asked
 
-    def _prepare(self, row: Row) -> tuple[PreparedImage, float]:
-        start = time.perf_counter()
-        return self._engine.prepare_image(picture_of(row)), time.perf_counter() - start
+    def _decode(self) -> None:
+        while (item := self._to_decode.get()) is not None:
+            row, picture = item
+            start = time.perf_counter()
+            try:
+                if self._stopping:
+                    raise _unwanted()
+                picture.prepared.set_result((self._engine.prepare_image(picture_of(row)), time.perf_counter() - start))
+            except Exception as error:  # noqa: BLE001 - the row's own, or the reader's to raise
+                picture.prepared.set_exception(error)
 
     def _feed(self) -> None:
         """Encode pictures, several in a run if they are there, and put their questions into the running batch."""
         coming: deque[tuple[_Asked, _Picture]] = deque()
         while True:
             while not coming or not self._to_feed.empty():
+                if self._to_feed.empty():
+                    self._free(0)
                 if (item := self._to_feed.get()) is None:
                     return
                 coming.append(item)
             group = [coming.popleft()]
-            wait([group[0][1].prepared])
+            if not group[0][1].prepared.done():
+                self._free(0)
+                wait([group[0][1].prepared])
             while coming and coming[0][1].prepared.done() and len({id(picture) for _, picture in group}) < TOGETHER:
                 group.append(coming.popleft())
             if self._stopping:
@@ -171,9 +219,9 @@ class _Answering:
             failure = self._encode([picture for _, picture in group])
             for asked, picture in group:
                 try:
-                    asked.submitted.set_result(self._submit(asked.row, picture, failure))
-                except Exception as error:  # noqa: BLE001 - the row's own, or the reader's to raise
-                    asked.submitted.set_exception(error)
+                    asked.submitted(self._submit(asked.row, picture, failure))
+                except Exception as error:  # noqa: BLE001 - as in _decode
+                    asked.submitted(error)
 
     def _encode(self, pictures: Iterable[_Picture]) -> Exception | None:
         """Run the vision encoder for pictures that are new; what keeps it from running belongs to all of them."""
@@ -184,14 +232,21 @@ class _Answering:
             encoded = self._engine.encode_images([picture.prepared.result()[0] for picture in good])
             for picture, image in zip(good, encoded, strict=True):
                 picture.encoded, picture.seconds = image, (picture.prepared.result()[1], time.perf_counter() - start)
-        except Exception as error:  # noqa: BLE001 - as in _feed
+        except Exception as error:  # noqa: BLE001 - as in _decode
             return error
         finally:
             for picture in new.values():
-                for _ in range(picture.places):
-                    self._places.put(None)
+                self._freed += picture.places
                 picture.places = 0
+            self._free(PLACES // 2)
         return None
+
+    def _free(self, least: int) -> None:
+        """Give places back, many at once: each time the reader and the decoders wake up and take the interpreter's lock."""
+        if self._freed >= least:
+            for _ in range(self._freed):
+                self._places.put(None)
+            self._freed = 0
 
     def _submit(self, row: Row, picture: _Picture, failure: Exception | None) -> tuple[Pending, tuple[float, float]]:
         if failure is not None:
@@ -205,7 +260,7 @@ class _Answering:
         release = partial(self._room.put, None)
         try:
             if self._stopping:
-                raise PgfastError("nobody waits for the answers any more")
+                raise _unwanted()
             pending = self._engine.submit(
                 picture.encoded,
                 row.question,
@@ -223,24 +278,12 @@ class _Answering:
         return pending, seconds
 
 
-def picture_of(row: Row) -> str | bytes:
-    """Return what the engine takes as the row's picture: a path, or the bytes of a file.
+def _places_of(row: Row) -> int:
+    """How many of `PLACES` a row's picture takes."""
+    if row.error is not None:
+        return 0
+    return min(1 + len(row.picture) // PLACE_BYTES, PLACES) if row.embedded else 1
 
-    Raises:
-        ImageError: It is no file, or not base64.
-    """
-    if not row.embedded:
-        try:
-            regular = stat.S_ISREG(os.stat(row.picture).st_mode)
-        except (OSError, ValueError):  # the engine says what is wrong
-            return row.picture
-        if not regular and not os.path.isdir(row.picture):  # a pipe, for example, would be waited for
-            raise ImageError(f"{row.picture} is not a file")
-        return row.picture
-    head, comma, data = row.picture.partition(",") if row.picture.startswith("data:") else ("", ",", row.picture)
-    if not comma or (head and not head.endswith(";base64")):
-        raise ImageError("the data URI is not base64: it should begin like data:image/png;base64,")
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"the picture in the row is not base64: {error}") from error
+
+def _unwanted() -> PgfastError:
+    return PgfastError("nobody waits for the answer any more")

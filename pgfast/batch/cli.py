@@ -21,8 +21,8 @@ from pgfast.scale.cluster import Cluster, ray_options
 
 from .cli_progress import Progress
 from .journal import Journal, check_out, describe_run
-from .rows import Defaults, Result
-from .sources import Source, Survey, open_source
+from .rows import Defaults, Result, Survey
+from .sources import Source, open_source
 
 if TYPE_CHECKING:
     from pgfast.types import GenerateOptions

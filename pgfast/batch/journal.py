@@ -20,8 +20,8 @@ from pgfast.errors import InputError, PgfastError
 from pgfast.types import GenerateOptions, Timings
 from pgfast.validation import check_options
 
-from .rows import Failure, Result, Row
-from .sources import Source, Survey
+from .rows import Failure, Result, Row, Survey
+from .sources import Source
 
 FORMAT = 1
 _ERROR = b'"error": {'
@@ -251,8 +251,8 @@ def _cells(record: dict[str, Any]) -> dict[str, Any]:
 
 def _csv_line(cells: Any) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # which makes it quote cells with either of the two
+    return line.getvalue()[:-2] + "\n"
 
 
 def _difference(before: Any, now: Any, name: str = "") -> str:

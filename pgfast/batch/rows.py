@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import os
+import stat
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +46,16 @@ class Defaults:
     prompt: str | None = None
     """At most one of the two."""
     language: str = "en"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one quick look at the whole input says."""
+
+    sha256: str | None
+    """Of the file's bytes, or of the names and sizes in a folder; None for stdin."""
+    rows: int | None
+    """How many there are; about, where lines are blank or cells hold line ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +118,49 @@ def to_row(number: int, fields: Any, folder: str, defaults: Defaults) -> Row:
         folder: What a path is relative to.
         defaults: For what is not there.
     """
-    row = Row(number)
+    row: dict[str, Any] = {"number": number}  # grows step by step: an error row still says which one it is
     try:
         if not isinstance(fields, dict):
             raise RowError("the row is not an object with image and question")
-        # step by step: an error row still says which one it is
-        row = dataclasses.replace(row, id=_id(fields.get("id")))
-        row = dataclasses.replace(row, **_picture(_text(fields, "image"), folder))
+        row["id"] = _id(fields.get("id"))
+        row |= _picture(_text(fields, "image"), folder)
         question, prompt = _text(fields, "question"), _text(fields, "prompt")
         if question is None and prompt is None:
             question, prompt = defaults.question, defaults.prompt
-        row = dataclasses.replace(row, question=question, prompt=prompt)
+        row |= {"question": question, "prompt": prompt}
         if question is None and prompt is None:
             raise RowError("the row has neither question nor prompt")
         if question is not None and prompt is not None:
             raise RowError("the row has both question and prompt: one of them is needed")
         language = _text(fields, "language")
-        row = dataclasses.replace(row, language=defaults.language if language is None else language)
-        return dataclasses.replace(row, choices=_choices(fields.get("choices")))
+        row["language"] = defaults.language if language is None else language
+        row["choices"] = _choices(fields.get("choices"))
     except RowError as error:
-        return failed(row, error)
+        row["error"] = Failure.of(error)
+    return Row(**row)
+
+
+def picture_of(row: Row) -> str | bytes:
+    """Return what the engine takes as the row's picture: a path, or the bytes of a file.
+
+    Raises:
+        ImageError: It is no file, or not base64.
+    """
+    if not row.embedded:
+        try:
+            regular = stat.S_ISREG(os.stat(row.picture).st_mode)
+        except (OSError, ValueError):  # the engine says what is wrong
+            return row.picture
+        if not regular and not os.path.isdir(row.picture):  # a pipe, for example, would be waited for
+            raise ImageError(f"{row.picture} is not a file")
+        return row.picture
+    head, comma, data = row.picture.partition(",") if row.picture.startswith("data:") else ("", ",", row.picture)
+    if not comma or (head and not head.endswith(";base64")):
+        raise ImageError("the data URI is not base64: it should begin like data:image/png;base64,")
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"the picture in the row is not base64: {error}") from error
 
 
 def failed(row: Row, error: InputError) -> Row:

@@ -9,35 +9,20 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 from pgfast.errors import InputError
 from pgfast.strict_json import refuse_constant
 
-from .rows import KEYS, Defaults, Row, RowError, failed, to_row
+from .folder import FolderSource
+from .rows import KEYS, Defaults, Row, RowError, Survey, failed, to_row
 
 MAX_ROW_BYTES = 64 * 2**20
 """A longer line is an error row; its end is found without holding it."""
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
-)
-"""What a picture's name in a folder ends with, in small or capital letters."""
 CHOICE_SEPARATOR = "|"
 """Between the choices in a cell of a CSV file."""
 _BLOCK = 2**20
 _BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What one quick look at the whole input says."""
-
-    sha256: str | None
-    """Of the file's bytes, or of the names and sizes in a folder; None for stdin."""
-    rows: int | None
-    """How many there are; about, where lines are blank or cells hold line ends."""
 
 
 class Source(Protocol):
@@ -78,6 +63,8 @@ def open_source(path: str, defaults: Defaults | None = None) -> Source:
         InputError: There is no such input, or it is of another kind.
     """
     defaults = defaults or Defaults()
+    if "\0" in path:
+        raise InputError("a null byte is in the name of the input")
     if path == "-":
         return StdinSource(defaults)
     if os.path.isdir(path):
@@ -191,39 +178,6 @@ class CsvSource:
         return to_row(number, fields, folder, self.defaults)
 
 
-class FolderSource:
-    """All pictures below a folder, by name; hidden ones are left out and links to folders are not followed."""
-
-    kind = "folder"
-
-    def __init__(self, folder: str, defaults: Defaults) -> None:
-        self._folder, self.defaults = folder, defaults
-        self.ignored: set[str] = set()
-        if defaults.question is None and defaults.prompt is None:
-            raise InputError(f"{folder} is a folder of pictures: say with --question or --prompt what to ask about each")
-
-    def survey(self) -> Survey:
-        """See `Source.survey`."""
-        digest, rows = hashlib.sha256(), 0
-        for name in _pictures(self._folder):
-            try:
-                size = os.stat(os.path.join(self._folder, name)).st_size
-            except OSError:  # a link that leads nowhere; it becomes an error row
-                size = -1
-            digest.update(b"%d %b\0" % (size, os.fsencode(name)))
-            rows += 1
-        if not rows:
-            raise InputError(f"{self._folder} holds no pictures ({', '.join(SUFFIXES[:7])} and so on)")
-        return Survey(digest.hexdigest(), rows)
-
-    def rows(self, skip: int = 0) -> Iterator[Row]:
-        """See `Source.rows`."""
-        for number, name in enumerate(_pictures(self._folder)):
-            if number >= skip:
-                d, path = self.defaults, os.path.join(self._folder, name)
-                yield Row(number, image=name, picture=path, question=d.question, prompt=d.prompt, language=d.language)
-
-
 @contextmanager
 def _reading(path: str) -> Iterator[BinaryIO]:
     try:
@@ -267,7 +221,7 @@ def _cells(file: BinaryIO) -> Iterator[list[str] | RowError]:
             # a path need not be UTF-8; a question is refused later
             yield "" if long else line.decode("utf-8", "surrogateescape")
 
-    reader = csv.reader(lines())
+    reader = csv.reader(lines(), strict=True)  # rather an error row than a guess
     while True:
         try:
             cells = next(reader, None)
@@ -292,18 +246,3 @@ def _parse(line: bytes) -> Any:
         raise RowError(f"the row is not JSON: {error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:
         raise RowError(f"the row is not JSON: {error}") from error
-
-
-def _pictures(folder: str, below: str = "") -> Iterator[str]:
-    """Yield paths relative to the folder, sorted by name within each."""
-    try:
-        with os.scandir(os.path.join(folder, below)) as entries:
-            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name[0] != ".")
-    except OSError as error:
-        raise InputError(f"{os.path.join(folder, below)} cannot be read: {error.strerror}") from error
-    for name, is_folder in found:
-        path = os.path.join(below, name)
-        if is_folder:
-            yield from _pictures(folder, path)
-        elif name.lower().endswith(SUFFIXES):
-            yield path
