@@ -25,6 +25,8 @@ MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that decode in-process; Pillow would hand some others (EPS) to an external program."""
+BAND = 128
+"""Rows of a transparent picture that are put on white at a time."""
 
 _OPENING = threading.Lock()
 
@@ -102,17 +104,27 @@ def _to_rgb(image: PILImage) -> PILImage:
         image.load()
         return image
     if image.mode.startswith("I"):  # more than 8 bits of gray: Pillow would clip, not scale
-        gray = np.asarray(image).astype(np.int64)
+        gray = np.asarray(image)
         if gray.min() < 0 or gray.max() > 0xFFFF:
             raise ImageError("more than 16 bits per pixel: convert the picture to 8 bits")
-        image = Image.fromarray((gray // 257).astype(np.uint8))
+        image = Image.fromarray((gray.astype(np.uint16) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ImageError("floating-point pixels have no known range: convert the picture to 8 bits")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _on_white(image: PILImage) -> PILImage:
+    # in bands: Pillow lets no other thread run meanwhile, and whole pictures would be in memory three times more
+    from PIL import Image
+
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):
+        band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return result
 
 
 def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:

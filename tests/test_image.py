@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pgfast.errors import ImageError
-from pgfast.image import open_image, to_pixel_values
+from pgfast.image import BAND, open_image, to_pixel_values
 from pgfast.manifest import ImageSpec
 
 
@@ -64,6 +64,28 @@ def test_exif_orientation_is_applied() -> None:
     upright = open_image(buffer.getvalue())
     assert upright.size == (20, 40)
     np.testing.assert_array_equal(np.asarray(upright), np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L"])
+def test_transparency_is_the_same_in_bands(mode: str) -> None:
+    height = 2 * BAND + 7
+    random = np.random.default_rng(1)
+    rgba = Image.fromarray(random.integers(0, 256, (height, 31, 4), dtype=np.uint8), "RGBA")
+    if mode in ("P", "L"):  # one colour is the transparent one
+        picture = rgba.convert("RGB").convert(mode)
+        picture.info["transparency"] = 5
+    else:
+        picture = rgba.convert("P").convert("PA") if mode == "PA" else rgba.convert(mode)
+    assert picture.has_transparency_data
+    whole = picture.convert("RGBA")
+    pixels = np.asarray(whole).astype(float)
+    alpha = pixels[..., 3:] / 255
+    expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
+    found = np.asarray(open_image(picture))
+    assert found.shape == (height, 31, 3)
+    assert np.abs(found - expected).max() <= 1.01  # Pillow rounds in its own way
+    white = Image.new("RGBA", whole.size, (255, 255, 255, 255))
+    assert np.array_equal(found, np.asarray(Image.alpha_composite(white, whole).convert("RGB")))
 
 
 def test_transparency_becomes_white() -> None:

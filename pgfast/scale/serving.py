@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pgfast.errors import ClusterError
+from pgfast.errors import ClusterError, InputError
 from pgfast.server.app import build_app
 from pgfast.server.config import ServerConfig
 
@@ -139,6 +139,8 @@ def run(cluster: Cluster, config: ServerConfig, host: str, port: int, on_ready: 
     Raises:
         PgfastError: It cannot be started.
     """
+    if port == 0:
+        raise InputError("Ray Serve needs a port of its own: give one with --port")
     with connected(cluster) as placement:
         from ray import serve
 

@@ -8,7 +8,8 @@ protocol.py       what may happen on a connection before there is a request
 metrics.py        counts every request; /metrics
 access.py         API keys, origins
 admission.py      places, deadlines, draining
-bodies.py         bodies of requests, read within limits; pictures in text; forms
+bodies.py         bodies of requests, read within limits; JSON; pictures in text
+forms.py          multipart forms
 streams.py        server-sent events
 service.py        AnswerService: from a question to the engine and back
 picture_cache.py  encoded pictures, by their bytes

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import uuid
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -69,11 +68,15 @@ def routes(service: AnswerService, config: ServerConfig) -> list[BaseRoute]:
 
     async def answer(request: Request) -> Any:
         ask = await _read(request, service, config)
-        if request.query_params.get("stream", "0") in ("1", "true"):
+        if _wants_stream(request):
             return EventStream(_events(service, ask))
         return Response(answer_json(service, await service.answer(ask)), media_type="application/json")
 
     return [Route("/v1/answer", answer, methods=["POST"])]
+
+
+def _wants_stream(request: Request) -> bool:
+    return bool(request.scope["query_string"]) and request.query_params.get("stream") in ("1", "true")
 
 
 async def _read(request: Request, service: AnswerService, config: ServerConfig) -> Ask:
@@ -97,7 +100,7 @@ def _read_json(body: bytes) -> tuple[AnswerFields, bytes | RemotePicture]:
 def _read_form(content_type: bytes, body: bytes) -> tuple[AnswerFields, bytes]:
     picture, values = None, dict[str, Any]()
     for part in parse_form(content_type, body):
-        name, content = part.name, bytes(part.content)
+        name, content = part.name, part.content
         if name == "image" and picture is None:
             picture = content if part.is_file else decode_picture(content.decode("latin-1"))
         elif name in LISTS:
@@ -123,8 +126,9 @@ def _text(name: str, content: bytes) -> str:
 
 def answer_json(service: AnswerService, answer: Served) -> bytes:
     """The response's body."""
+    times = answer.timings
     found = {
-        "id": f"answer-{uuid.uuid4().hex}",
+        "id": f"answer-{random.getrandbits(96):024x}",
         "model": service.model,
         "text": answer.text,
         "confidence": answer.confidence,
@@ -132,15 +136,23 @@ def answer_json(service: AnswerService, answer: Served) -> bytes:
         "finish_reason": answer.finish_reason,
         "choices": answer.choices,
         "image": {"width": answer.width, "height": answer.height},
-        "timings": {**dataclasses.asdict(answer.timings), "queue": answer.queue},
+        "timings": {
+            "preprocess": times.preprocess,
+            "vision": times.vision,
+            "prefill": times.prefill,
+            "decode": times.decode,
+            "queue": answer.queue,
+            "ttft": times.ttft,
+            "total": times.total,
+        },
     }
-    return json.dumps(found, ensure_ascii=False).encode()
+    return to_json(found, inf_nan_mode="null")
 
 
 async def _events(service: AnswerService, ask: Ask) -> AsyncGenerator[bytes]:
     async with aclosing(service.stream(ask)) as pieces:
         async for piece in pieces:
             if isinstance(piece, str):
-                yield b"event: piece\ndata: %b\n\n" % json.dumps({"text": piece}, ensure_ascii=False).encode()
+                yield b"event: piece\ndata: %b\n\n" % to_json({"text": piece})
             else:
                 yield b"event: answer\ndata: %b\n\n" % answer_json(service, piece)

@@ -31,8 +31,9 @@ def build_app(engine: Engine, config: ServerConfig) -> Starlette:
     """
     service = AnswerService(engine, config)
     routes = [
-        *health.routes(service, config),
+        # in the order of their use: they are tried one after the other
         *answer_api.routes(service, config),
+        *health.routes(service, config),
     ]
     middleware = [
         Middleware(CountRequests, service.metrics, routes),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import binascii
 import math
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from pydantic_core import SchemaValidator, core_schema
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from .http_errors import ApiError, ErrorResponse
@@ -22,8 +22,13 @@ READ = "pgfast.read"
 """Where a request's scope says that the whole body was read."""
 SMALL = 2**17
 """Bytes that are parsed in the event loop: going to a thread and back would take longer."""
-SLICE = 2**20
+MAX_ITEMS = 2000
+"""Commas in a JSON body. A picture has none; a million little values keep everybody waiting while they are made objects."""
+SLICE = 2**22
 """Characters of base64 between two moments in which other threads may go on."""
+BASE64 = SchemaValidator(
+    core_schema.bytes_schema(), core_schema.CoreConfig(val_json_bytes="base64")
+)  # binascii takes 8 times as long
 DATA_URI = re.compile(r"data:(?:image/[\w.+-]+|application/octet-stream)?(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
 
@@ -75,7 +80,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             parts += message.get("body", b"")
         body = bytes(parts)
     if message["type"] == "http.disconnect":
-        raise ClientDisconnect
+        raise ApiError(400, "invalid_request", "the body ends before its end")  # nobody is there to read it
     if not message.get("more_body"):
         request.scope[READ] = True
     if len(body) > limit:
@@ -94,6 +99,13 @@ def parse_json(model: type[M], body: bytes) -> M:
     Raises:
         ApiError: 400 with the first thing that is wrong.
     """
+    at = -1
+    for _ in range(MAX_ITEMS):  # `count` would look at each byte by itself
+        at = body.find(b",", at + 1)
+        if at < 0:
+            break
+    else:
+        raise ApiError(400, "invalid_request", f"the JSON has more than {MAX_ITEMS:,} items")
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -122,8 +134,8 @@ def decode_picture(text: str) -> bytes:
         start = match.end()
     try:
         # in slices: the conversion keeps all other threads waiting
-        parts = [binascii.a2b_base64(text[i : i + SLICE], strict_mode=True) for i in range(start, len(text), SLICE)]
-    except ValueError:
+        parts: list[bytes] = [BASE64.validate_strings(cast("Any", text[i : i + SLICE])) for i in range(start, len(text), SLICE)]
+    except ValidationError:
         message = "the picture is neither base64 nor a data URI (data:image/png;base64,...)"
         raise ApiError(400, "image_error", message, param="image") from None
     return b"".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 
+from pgfast.cli import printable
 from pgfast.errors import MissingDependencyError
 from pgfast.scale.cluster import Cluster, ray_options
 
@@ -60,24 +62,43 @@ def serve(model: str | None, provider: str, threads: int | None, host: str, port
             raise MissingDependencyError(module, "serve") from error
     from pgfast.cli.options import load_engine
 
-    from .serving import bind, run, url_of
+    from .serving import Server, bind, url_of
 
     cluster = Cluster.of(given, model, provider, threads)
     config = _config(given)
     if cluster is not None:
         from pgfast.scale import serving
 
-        where = f"http://{host}:{port} of every node"
+        where = f"http://{host}:{port} of every node with an engine"
         serving.run(cluster, config, host, port, lambda count: _say(f"serving on {where}, {count} engines"))
         return
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="pgfast: %(levelname)s: %(message)s")
-    sock = bind(host, port)
-    with sock, load_engine(model, provider, threads) as engine:
-        run(engine, config, sock, lambda: _say(f"serving on {url_of(sock)}"))
+    with bind(host, port) as sock, load_engine(model, provider, threads) as engine:
+        _log_to_stderr()
+
+        def on_ready() -> None:
+            gc.collect()
+            gc.freeze()  # a million objects of libraries, that later collections need not look at
+            _say(f"serving on {url_of(sock)}")
+
+        Server(engine, config, on_ready).run([sock])
 
 
 def _say(text: str) -> None:
     print(f"pgfast: {text}", file=sys.stderr, flush=True)
+
+
+class _OneLine(logging.Formatter):
+    """Messages may hold what strangers sent: one line each, nothing that a terminal obeys; a bug keeps its traceback."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))[:500]
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s pgfast %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told
 
 
 def _config(given: dict[str, Any]) -> Any:

@@ -20,7 +20,12 @@ class Part:
 
     name: str = ""
     is_file: bool = False
-    content: bytearray = field(default_factory=bytearray)
+    pieces: list[bytes] = field(default_factory=list)
+
+    @property
+    def content(self) -> bytes:
+        """What it holds; a picture is usually one piece, and joining that copies nothing."""
+        return b"".join(self.pieces)
 
 
 def parse_form(content_type: bytes, body: bytes) -> list[Part]:
@@ -86,7 +91,7 @@ class _Reader:
             raise _broken("a field has no name")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        self.parts[-1].content += data[start:end]
+        self.parts[-1].pieces.append(data[start:end])
 
     def _end(self) -> None:
         self.whole = True

@@ -22,6 +22,7 @@ import asyncio
 import json
 import logging
 import math
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -37,8 +38,8 @@ ERROR = "pgfast.error"
 """Where a request's scope keeps the code of its error, for the metrics."""
 DISCARDED = 2**20
 """Bytes of a refused request that are taken in and thrown away, because a new connection would cost more."""
-LINGER = 1.0
-"""Seconds in which a client that still sends may read the refusal, before the connection is cut."""
+LINGER, LINGER_BYTES = 1.0, 2**23
+"""Seconds and bytes in which a client that still sends may notice the refusal, before the connection is cut."""
 
 
 class ApiError(Exception):
@@ -120,12 +121,12 @@ class ErrorResponse:
 
 async def _throw_away(receive: Receive) -> None:
     # a connection that is closed with unread bytes is reset, and the client may never see the answer
-    try:
+    size, more = 0, True
+    with suppress(TimeoutError):
         async with asyncio.timeout(LINGER):
-            while (await receive()).get("more_body"):
-                pass
-    except TimeoutError:
-        pass
+            while more and size < LINGER_BYTES:
+                message = await receive()
+                size, more = size + len(message.get("body", b"")), message.get("more_body", False)
 
 
 async def handle_error(_request: Any, error: Exception) -> ErrorResponse:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .admission import TASKS
 from .config import ServerConfig
@@ -29,10 +29,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def __init__(self, limits: ServerConfig, **options: Any) -> None:
         super().__init__(**options)
         self._limits = limits
-        self._head = 0  # bytes of the request's head, and of trailers
-        self._silent = 0  # bytes since the parser last said anything: it keeps them all
-        self._heard = self._in_head = False
+        self._part: Literal["head", "body"] | None = None  # what of a request comes next
+        self._begun = 0  # requests
+        self._head = 0  # bytes of the request's head, and of trailers, as far as the parser has told
+        self._untold = 0  # bytes of an unfinished head, or since the parser last said anything: it keeps them
+        self._heard = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        self._cycles: list[RequestResponseCycle] = []  # pipelined requests may be several
         self._working: set[asyncio.Task[Any]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -47,6 +51,9 @@ class LimitedProtocol(HttpToolsProtocol):
         """Cancel what was done for the client."""
         super().connection_lost(exc)
         self._stop_waiting()
+        self.resume_writing()
+        for cycle in self._cycles:  # uvicorn tells only the last one
+            cycle.disconnected = True
         tasks = list(self._working)
         self._working.clear()  # how they know why
         for task in tasks:
@@ -54,18 +61,24 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse."""
-        self._heard = False
+        self._heard, part, begun = False, self._part, self._begun
         super().data_received(data)
-        self._silent = 0 if self._heard else self._silent + len(data)
-        if self._head + self._silent > self._limits.max_head:
-            self._refuse(ApiError(431, "head_too_large", f"the head is larger than {self._limits.max_head:,} bytes"))
+        if self._part == "head" and (self._begun == begun or (part is None and self._begun == begun + 1)):
+            self._untold += len(data)  # all of it belongs to this head
+        elif self._heard:
+            self._untold = 0
+        else:
+            self._untold += len(data)
+        if self._is_too_large():
+            self._refuse_head()
         elif self._deadline is None and self._is_idle():
             self._wait()
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self._heard, self._in_head, self._head = True, True, 0
+        self._heard, self._part, self._head, self._untold = True, "head", 0, 0
+        self._begun += 1
         self.scope[TASKS] = self._working  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
@@ -80,9 +93,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """From here on the application is in charge."""
-        self._heard, self._in_head = True, False
+        self._heard, self._part = True, "body"
         self._stop_waiting()
         super().on_headers_complete()
+        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
 
     def on_body(self, body: bytes) -> None:
         """A part of it."""
@@ -91,13 +105,25 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The next one may begin."""
-        self._heard = True
+        self._heard, self._part = True, None
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read; closing would wait for it."""
+        super().pause_writing()
+        self._patience = self._patience or self.loop.call_later(self._limits.timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does."""
+        super().resume_writing()
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def send_400_response(self, msg: str) -> None:
         """The parser has given up."""
-        if self._head + self._silent > self._limits.max_head:
-            self._refuse(ApiError(431, "head_too_large", f"the head is larger than {self._limits.max_head:,} bytes"))
+        if self._is_too_large():
+            self._refuse_head()
         else:
             self._refuse(ApiError(400, "invalid_http", "this is not HTTP/1.1"))
 
@@ -107,8 +133,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._heard = True
         self._head += size
-        if self._head > self._limits.max_head:
+        if self._is_too_large():
             raise httptools.HttpParserError("the head is too large")  # stops the parser
+
+    def _is_too_large(self) -> bool:
+        return max(self._head, self._untold) > self._limits.max_head
+
+    def _refuse_head(self) -> None:
+        self._refuse(ApiError(431, "head_too_large", f"the head is larger than {self._limits.max_head:,} bytes"))
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -123,7 +155,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _too_late(self) -> None:
         self._deadline = None
-        if not self._in_head:  # nobody is there to be told
+        if self._part != "head":  # nobody is there to be told
             self.transport.close()
             return
         seconds = self._limits.head_timeout

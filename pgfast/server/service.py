@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
-from starlette.requests import Request
 
-from pgfast.types import Answer, EncodedImage, GenerateOptions
+from pgfast.errors import PromptError
+from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
 
-from .admission import TASKS, Admission
+from .admission import Admission
 from .config import ServerConfig
 from .http_errors import ApiError
 from .metrics import Metrics
@@ -27,12 +26,13 @@ if TYPE_CHECKING:
     from pgfast.engine import Engine
     from pgfast.pending import Pending
 
-T = TypeVar("T")
 
 ENCODERS = 16
 """Threads beyond the decoding ones: those that wait for the vision encoder at the same time share its runs."""
 QUICK_TEXT = 4096
 """Characters that are tokenized in the event loop."""
+CHARACTERS_PER_TOKEN = 64
+"""Longer texts cannot fit: the tokenizer, which keeps everybody waiting, is not asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +176,19 @@ class _Question:
     async def submit(self) -> Pending:
         """Get the picture encoded and put the question into the running batch."""
         ask = self._ask
+        self._check_lengths()
         self._image, (self._preprocess, self._vision) = await self._service.encoded(ask.picture)
         size = len(ask.question or "") + len(ask.prompt or "") + sum(map(len, ask.choices or ()))
         self._submitted = time.perf_counter()
         return self._submit() if size <= QUICK_TEXT else await asyncio.to_thread(self._submit)
+
+    def _check_lengths(self) -> None:
+        limits = self._service.engine.manifest.limits
+        texts = (self._ask.question, limits.prompt_tokens), (self._ask.prompt, limits.prompt_tokens)
+        choices = ((choice, limits.new_tokens) for choice in self._ask.choices or ())
+        for text, most in (*texts, *choices):
+            if text is not None and len(text) > CHARACTERS_PER_TOKEN * most:
+                raise PromptError(f"a text has {len(text):,} characters: this model takes at most {most} tokens")
 
     def _submit(self) -> Pending:
         ask = self._ask
@@ -212,32 +221,16 @@ class _Question:
         metrics.first_token.observe(before + engine.ttft)
         if later > 0:
             metrics.later_token.observe(engine.decode / later)
-        times = dataclasses.replace(
-            engine,
-            preprocess=engine.preprocess + self._preprocess,
-            vision=self._vision,
-            ttft=before + engine.ttft,
-            total=before + engine.total,
+        preprocess, ttft, total = engine.preprocess + self._preprocess, before + engine.ttft, before + engine.total
+        return Served(
+            answer.text,
+            answer.confidence,
+            answer.token_ids,
+            answer.token_logprobs,
+            answer.finish_reason,
+            answer.choices,
+            Timings(preprocess, self._vision, engine.prefill, engine.decode, ttft, total),
+            width=self._image.width,
+            height=self._image.height,
+            queue=max(0.0, total - preprocess - self._vision - engine.prefill - engine.decode),
         )
-        queue = times.total - times.preprocess - times.vision - times.prefill - times.decode
-        fields = {field.name: getattr(answer, field.name) for field in dataclasses.fields(Answer)} | {"timings": times}
-        return Served(**fields, width=self._image.width, height=self._image.height, queue=max(0.0, queue))
-
-
-async def with_disconnect(request: Request, awaitable: Awaitable[T]) -> T:
-    """Await something, and cancel it when the client goes away."""
-    if TASKS in request.scope:  # the connection sees to it, at no cost
-        return await awaitable
-    task = asyncio.current_task()
-    assert task is not None
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        return await awaitable
-    finally:
-        watching.cancel()

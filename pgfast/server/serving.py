@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -57,75 +56,80 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(engine: Engine, config: ServerConfig, sock: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then let requests in flight finish; a second signal ends them.
+class Server(uvicorn.Server):
+    """Listens from the start, says "not ready" while the engine warms up, and stays reachable while it drains.
+
+    `run([bind(host, port)])` returns after SIGTERM or SIGINT, or `drain`; a second signal cuts off what is still in flight.
 
     Args:
         engine: Answers; stays the caller's to close.
         config: Limits.
-        sock: Where to listen, from `bind`.
         on_ready: Called when the first request would be answered quickly.
-
-    Raises:
-        PgfastError: The engine cannot answer even a first question.
     """
-    app = build_app(engine, config)
-    service: AnswerService = app.state.service
-    settings = uvicorn.Config(
-        app,
-        http=partial(LimitedProtocol, config),  # type: ignore[arg-type]  # uvicorn calls it, no more
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # seconds for call_later
-        timeout_graceful_shutdown=1,
-    )
-    server = _Server(settings, service, on_ready)
-    try:
-        server.run([sock])
-    finally:
-        service.close()
-    if server.failure is not None:
-        raise server.failure
 
-
-class _Server(uvicorn.Server):
-    """Listens from the start, says "not ready" while the engine warms up, and stays reachable while it drains."""
-
-    def __init__(self, settings: uvicorn.Config, service: AnswerService, on_ready: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, on_ready: Callable[[], None]) -> None:
+        app = build_app(engine, config)
+        settings = uvicorn.Config(
+            app,
+            http=partial(LimitedProtocol, config),  # type: ignore[arg-type]  # uvicorn calls it, no more
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # seconds for call_later
+            timeout_graceful_shutdown=1,
+        )
         super().__init__(settings)
-        self._service, self._on_ready = service, on_ready
-        self.failure: BaseException | None = None
+        self.service: AnswerService = app.state.service
+        self._on_ready = on_ready
         self._drain_until = 0.0
-        service.admission.ready = False
+        self._failure: BaseException | None = None
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve.
+
+        Raises:
+            PgfastError: The engine cannot answer even a first question.
+        """
+        self.service.admission.ready = False
+        try:
+            super().run(sockets)
+        finally:
+            self.service.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def drain(self) -> None:
+        """Refuse new requests, let those in flight finish, then end; from any thread."""
+        self.service.admission.draining = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and warm up meanwhile."""
         await super().startup(sockets)
-        self._warming = asyncio.get_running_loop().run_in_executor(None, self._service.warm)
+        self._warming = asyncio.get_running_loop().run_in_executor(None, self.service.warm)
         self._warming.add_done_callback(self._warmed)
 
     def _warmed(self, warming: asyncio.Future[None]) -> None:
-        if warming.cancelled():
-            return
-        self.failure = warming.exception()
-        if self.failure is not None:
+        self._failure = None if warming.cancelled() else warming.exception()
+        if self._failure is not None:
             self.should_exit = True
-            return
-        self._service.admission.ready = True
-        self._on_ready()
+        elif not self.service.admission.draining:
+            self.service.admission.ready = True
+            self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn would close the port at once, and end with the signal instead of with 0
-        if self._service.admission.draining or sig not in (signal.SIGTERM, signal.SIGINT):
-            self.should_exit = self.force_exit = True
-        self._service.admission.draining = True
+        """Take a signal: uvicorn would close the port at once, and end with the signal instead of with 0."""
+        if self.service.admission.draining:
+            self.should_exit = True
+        self.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        admission, now = self._service.admission, asyncio.get_running_loop().time()
+        """Look ten times a second whether it is time to end."""
+        admission, now = self.service.admission, asyncio.get_running_loop().time()
         if admission.draining:
-            self._drain_until = self._drain_until or now + self._service.config.drain_timeout
+            self._drain_until = self._drain_until or now + self.service.config.drain_timeout
             if not admission.taken or now >= self._drain_until:
                 self.should_exit = True
         if self.should_exit and admission.taken:
