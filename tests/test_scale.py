@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -21,8 +23,10 @@ import httpx2 as httpx
 import pytest
 
 import pgfast
-from pgfast.errors import InputError
+from pgfast.errors import ClusterError, InputError
 from pgfast.scale import PgfastProcessorConfig, build_processor
+from pgfast.scale.cluster import Cluster, place
+from pgfast.scale.serving import FailureCount, Replica
 from pgfast.scale.worker import ERROR, EngineWorker
 
 ray: Any = pytest.importorskip("ray")
@@ -296,3 +300,66 @@ def test_values_out_of_range_are_refused() -> None:
     for values in ({"concurrency": 0}, {"concurrency": (3, 2)}, {"batch_size": 0}, {"num_cpus": -1}):
         with pytest.raises(InputError):
             PgfastProcessorConfig(**values)
+
+
+def run_pgfast(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pgfast", *args], capture_output=True, text=True, check=False)
+
+
+def test_what_cannot_be_a_cluster_is_refused_at_once(tmp_path: Path) -> None:
+    rows = tmp_path / "in.jsonl"
+    rows.write_text(json.dumps({"image": str(PICTURE), "question": COLOR}) + "\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for args, part in (
+        (["--ray", "nowhere"], "'nowhere' is no address of a Ray cluster: give host:port"),
+        (["--ray", f"127.0.0.1:{port}"], "'ray start --head' begins one"),
+        (["--engines", "2"], "--engines goes with --ray"),
+    ):
+        done = run_pgfast("batch", str(rows), str(tmp_path / "out.jsonl"), *args)
+        assert done.returncode == 2
+        assert part in done.stderr
+    done = run_pgfast("serve", "--port", "0", "--ray")
+    assert (done.returncode, "give one with --port" in done.stderr) == (2, True)
+
+
+def test_without_ray_it_says_what_to_install() -> None:
+    code = "import sys\nsys.modules['ray'] = None\nfrom pgfast.cli import main\nmain(['serve', '--port', '9', '--ray'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "pgfast: error: ray is not installed: pip install 'pgfast[scale]'\n"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_as_many_engines_as_fit() -> None:
+    def placed(engine_cpus: int, engines: int | None = None) -> tuple[int, int, int]:
+        return dataclasses.astuple(place(Cluster("auto", engines, engine_cpus, None, "auto", None)))
+
+    assert placed(1) == (2, 1, 0)
+    assert placed(2) == (1, 2, 0)
+    assert placed(1, 5) == (5, 1, 0)
+    with pytest.raises(ClusterError, match="the largest node has 2 cores"):
+        placed(3)
+
+
+def test_a_replica_whose_answers_all_fail_is_unhealthy() -> None:
+    statuses = iter([500, 200, 500, 429, 500, 500, 500, 500])
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": next(statuses), "headers": []})
+
+    async def ask(counted: FailureCount) -> None:
+        async def send(message: Any) -> None:
+            assert message["status"]
+
+        await counted({"type": "http", "method": "POST", "path": "/v1/answer"}, send, send)
+
+    replica = Replica.__new__(Replica)
+    replica._watched = FailureCount(app)
+    for failures in (1, 0, 1, 1, 2, 3, 4):
+        asyncio.run(ask(replica._watched))
+        assert replica._watched.in_a_row == failures
+        replica.check_health()
+    asyncio.run(ask(replica._watched))
+    with pytest.raises(RuntimeError, match="the last 5 answers failed"):
+        replica.check_health()
