@@ -10,7 +10,8 @@
     │   └── WeightMismatchError (ValueError)
     ├── TrainError (RuntimeError)            a training run that cannot start or go on
     ├── MissingDependencyError (ImportError) an extra that is not installed
-    └── OverloadedError (RuntimeError)       too much work is waiting
+    ├── OverloadedError (RuntimeError)       too much work is waiting
+    └── ClusterError (RuntimeError)          a Ray cluster that is not there, has no room, or failed
 
 The message is one line and says what to do next. `assert` is for pgfast's own bugs only.
 """
@@ -68,3 +69,7 @@ class MissingDependencyError(PgfastError, ImportError):
 
 class OverloadedError(PgfastError, RuntimeError):
     """More work is waiting than the engine accepts; try again later."""
+
+
+class ClusterError(PgfastError, RuntimeError):
+    """There is no such Ray cluster, no room in it, or what was started there failed."""

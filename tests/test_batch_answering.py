@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -308,3 +309,30 @@ def test_ctrl_c_anywhere_leaves_an_engine_that_answers(engine: Engine, pictures:
         number += 1
     assert number > 20
     assert len(list(answer_rows(engine, rows))) == 5
+
+
+def test_encode_images_is_encode_image_of_each(engine: Engine, pictures: list[str]) -> None:
+    for path, encoded in zip(pictures[:6], engine.encode_images(pictures[:6]), strict=True):
+        one = engine.encode_image(path)
+        np.testing.assert_allclose(np.asarray(encoded.image_features), one.image_features, rtol=1e-4, atol=1e-5)
+        assert (encoded.width, encoded.height, encoded.bundle_id) == (one.width, one.height, one.bundle_id)
+    assert engine.encode_images([]) == []
+
+
+@pytest.mark.parametrize(("patient", "runs"), [(True, [1, 4]), (False, [1, 1])])
+def test_patient_questions_share_a_run_however_long_it_takes(
+    patient: bool, runs: list[int], engine: Engine, pictures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._scheduler, "_stall", 0.0)  # no prompt is quick
+    steps: list[int] = []
+    monkeypatch.setattr(engine._scheduler, "on_step", steps.append)
+    encoded = engine.encode_images(pictures[:5])
+    assert engine._model.turns is not None
+    with engine._model.turns:  # the first one's prompt has to wait until the others are there
+        pending = [engine.submit(encoded[0], "red?", patient=patient)]
+        while engine.load_figures().running == 0:
+            time.sleep(0.001)
+        pending += [engine.submit(image, "red?", patient=patient) for image in encoded[1:]]
+    answers = [one.result() for one in pending]
+    assert steps[:2] == runs
+    assert [answer.text for answer in answers] == [engine.answer(path, "red?").text for path in pictures[:5]]

@@ -144,7 +144,7 @@ def test_every_error_is_a_pgfast_error_and_says_what_to_install() -> None:
     from pgfast import errors
 
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(classes) == 11
+    assert len(classes) == 12
     assert all(issubclass(cls, PgfastError) for cls in classes)
     assert str(MissingDependencyError("torch", "train")) == "torch is not installed: pip install 'pgfast[train]'"
 

@@ -17,6 +17,7 @@ import click
 from pgfast.cli import printable
 from pgfast.cli.options import decoding_options, engine_options, generate_options, load_engine
 from pgfast.errors import InputError
+from pgfast.scale.cluster import Cluster, ray_options
 
 from .cli_progress import Progress
 from .journal import Journal, check_out, describe_run
@@ -38,6 +39,7 @@ _NAMED = 20
 @click.option("--language", default="en", show_default=True, help="Language code of the answers, unless a row says.")
 @click.option("--timings", is_flag=True, help="Write how long each answer took; no two runs write the same then.")
 @click.option("--max-errors", type=click.IntRange(1), metavar="N", help="Stop when OUT has so many error rows.")
+@ray_options
 @engine_options
 @decoding_options
 def batch(
@@ -52,7 +54,7 @@ def batch(
     provider: str,
     threads: int | None,
     as_json: bool,
-    **decoding: Any,
+    **others: Any,
 ) -> int:
     """Answer all rows of IN into OUT.
 
@@ -65,11 +67,12 @@ def batch(
     if any(text is not None and not text.strip() for text in (question, prompt)):
         raise click.UsageError("the question is empty")
     check_out(out)
+    cluster = Cluster.of(others, model, provider, threads)
     started = time.perf_counter()
     rows = open_source(source, Defaults(question, prompt, language))
     if os.path.exists(out) and os.path.exists(source) and os.path.samefile(source, out):
         raise InputError(f"{out} is IN: give another OUT")
-    options, survey = generate_options(decoding), rows.survey()
+    options, survey = generate_options(others), rows.survey()
     run = describe_run(rows, survey, model, options, timings=timings)
     with Journal(out, run, timings=timings) as journal:
         before = journal.rows
@@ -77,7 +80,13 @@ def batch(
             print(f"pgfast: {out} is complete already", file=sys.stderr)
         elif max_errors is None or journal.errors < max_errors:
             try:
-                _run(journal, survey, _results(rows, before, model, provider, threads, options), max_errors)
+                if cluster is None:
+                    results = _results(rows, before, model, provider, threads, options)
+                else:
+                    from pgfast.scale.batch import answer_on_ray
+
+                    results = answer_on_ray(rows.rows(before), cluster, options=options)
+                _run(journal, survey, results, max_errors)
             except KeyboardInterrupt:
                 print(f"pgfast: {journal.rows:,} rows are in {out}; the same command goes on", file=sys.stderr)
                 raise

@@ -13,6 +13,7 @@ import click
 
 from pgfast.cli import printable
 from pgfast.errors import MissingDependencyError
+from pgfast.scale.cluster import Cluster, ray_options
 
 MIB = 2**20
 
@@ -53,6 +54,7 @@ def _doors(command: Any) -> Any:
 @click.option("--threads", type=int, help="CPU threads; by default one per core.")
 @_doors
 @_limits
+@ray_options
 def serve(model: str | None, provider: str, threads: int | None, host: str, port: int, **given: Any) -> None:
     """Answer questions over HTTP: a web page, a JSON API and an OpenAI-compatible one."""
     for module in ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic", "python_multipart"):
@@ -64,16 +66,27 @@ def serve(model: str | None, provider: str, threads: int | None, host: str, port
 
     from .serving import Server, bind, url_of
 
+    cluster = Cluster.of(given, model, provider, threads)
     config = _config(given)
+    if cluster is not None:
+        from pgfast.scale import serving
+
+        where = f"http://{host}:{port} of every node with an engine"
+        serving.run(cluster, config, host, port, lambda count: _say(f"serving on {where}, {count} engines"))
+        return
     with bind(host, port) as sock, load_engine(model, provider, threads) as engine:
         _log_to_stderr()
 
         def on_ready() -> None:
             gc.collect()
             gc.freeze()  # a million objects of libraries, that later collections need not look at
-            print(f"pgfast: serving on {url_of(sock)}", file=sys.stderr, flush=True)
+            _say(f"serving on {url_of(sock)}")
 
         Server(engine, config, on_ready).run([sock])
+
+
+def _say(text: str) -> None:
+    print(f"pgfast: {text}", file=sys.stderr, flush=True)
 
 
 class _OneLine(logging.Formatter):
