@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +24,8 @@ WINDOW = 0.5
 FULL = 0.9
 """Share of the rate before that counts as full speed again."""
 BEFORE_SECONDS, AFTER_SECONDS = 10.0, 5.0
-STEADY = 2e6
-"""Bytes by which memory may change in one of the warm-up's loads."""
+STEADY, LOADS = 5e5, 30
+"""Bytes by which memory may change in the last of the warm-up's loads; at most so many loads."""
 Part = dict[str, Any]
 
 
@@ -68,14 +67,14 @@ def warm_up(settings: Settings, server: Server) -> float:
         Answers per second in the last of the short loads.
     """
     rate, first = 500.0, 0
-    end = time.perf_counter() + settings.warmup + 1.5 * settings.seconds
-    while True:
+    for _ in range(LOADS):
         number = math.ceil(SPARE * (rate + 1) * settings.warmup)
         requests = [request(settings.seed + 1, n) for n in range(first, first + number)]
         before = server.usage().memory
         rate, first = closed_loop(server.address, requests, settings.clients, settings.warmup).rate(), first + number
-        if abs(server.usage().memory - before) < STEADY or time.perf_counter() > end:
-            return rate
+        if abs(server.usage().memory - before) < STEADY:
+            break
+    return rate
 
 
 def describe_overload(load: Load) -> Part:
