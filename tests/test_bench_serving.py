@@ -348,6 +348,7 @@ def part_of(name: str, **others: Any) -> dict[str, Any]:
             "client": {"late": took, "cpu_per_request": 5e-5},
             "memory": {"first": 10**8, "last": 10**8, "peak": 10**8, "slope_per_minute": 1e5},
             "recovery": {"windows": [0.5, 1.0], "seconds": 1.0},
+            "flags": [],
         },
         "malformed": {
             "requests": 10_000,
@@ -364,6 +365,7 @@ def part_of(name: str, **others: Any) -> dict[str, Any]:
             "growth_per_request": 10.0,
             "log_trouble": 0,
             "schema_complaints": {},
+            "flags": ["--cache-pictures", "0"],
         },
         "batch": {
             "rows": 10_000,

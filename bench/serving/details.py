@@ -70,7 +70,7 @@ def _overload(p: dict[str, Any]) -> list[str]:
         f"Refused: {r['count']:,}, {latency(r['latency'])}. The client sent late by {seconds(c['late']['p99'])} at p99 "
         f"(inside all latencies), took {1000 * c['cpu_per_request']:.2f} ms of processor time per request, and had no "
         f"connection left for {p['dropped_by_client']} requests.",
-        f"Resident memory: {first} at the start, {last} at the end, {peak} at most.",
+        f"Resident memory, with `{' '.join(p['flags'])}`: {first} at the start, {last} at the end, {peak} at most.",
         f"Rate in the half seconds after the end, over the capacity: {windows}.",
     ]
 
@@ -83,7 +83,7 @@ def _malformed(p: dict[str, Any]) -> list[str]:
     return [
         f"Malformed: {p['requests']:,} requests of {len(p['kinds'])} kinds after {p['warm_up']:,} others as warm-up. By "
         f'status: {by_status} ("closed": the server closed the connection without a response; "went away": the client did).',
-        f"Memory: {megabytes(before['memory'])} before, {megabytes(middle['memory'])} in the middle, "
+        f"Memory, with `{' '.join(p['flags'])}`: {megabytes(before['memory'])} before, {megabytes(middle['memory'])} in the middle, "
         f"{megabytes(after['memory'])} after, {megabytes(p['memory_peak'])} at most; {handles}.",
         f"Responses that the OpenAPI document does not describe, as schemathesis sees it: {said or 'none'}.",
     ]

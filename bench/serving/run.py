@@ -75,7 +75,8 @@ def _part(name: str, settings: Settings, say: Say) -> dict[str, Any]:
     if name == "batch":
         return measure_batch(settings, settings.work / "batch", say)
     model = ("--model", settings.model) if settings.model else ()
-    flags = (*settings.serve_flags, *(settings.malformed_flags if name == "malformed" else ()))
+    own = {"overload": settings.overload_flags, "malformed": settings.malformed_flags}.get(name, ())
+    flags = (*settings.serve_flags, *own)
     with Server([*settings.serve, *model, *flags], settings.work / f"{name}.log") as server:
         try:
             figures = _figures(name, settings, server, say)

@@ -37,8 +37,10 @@ class Settings:
     serve: tuple[str, ...] = (*PGFAST, "serve")
     """Command that starts the server; `--port` and `--model` are put behind it."""
     serve_flags: tuple[str, ...] = ()
+    overload_flags: tuple[str, ...] = ("--cache-pictures", "16")
+    """For this part alone: a cache that is still filling would look like a leak, and 16 MB are full at once."""
     malformed_flags: tuple[str, ...] = ("--cache-pictures", "0")
-    """For the malformed part: pictures that are kept on purpose would look like a leak."""
+    """For this part alone: damaged pictures that are kept on purpose would look like a leak, too."""
     batch: tuple[str, ...] = (*PGFAST, "batch")
     work: Path = Path("build/bench-serving")
     """For pictures, logs and results of the batch job."""
