@@ -83,8 +83,8 @@ def _malformed(p: dict[str, Any]) -> list[str]:
     return [
         f"Malformed: {p['requests']:,} requests of {len(p['kinds'])} kinds after {p['warm_up']:,} others as warm-up. By "
         f'status: {by_status} ("closed": the server closed the connection without a response; "went away": the client did).',
-        f"Memory, with `{' '.join(p['flags'])}`: {megabytes(before['memory'])} before, {megabytes(middle['memory'])} in the middle, "
-        f"{megabytes(after['memory'])} after, {megabytes(p['memory_peak'])} at most; {handles}.",
+        f"Memory, with `{' '.join(p['flags'])}`: {megabytes(before['memory'])} before, {megabytes(middle['memory'])} in the "
+        f"middle, {megabytes(after['memory'])} after, {megabytes(p['memory_peak'])} at most; {handles}.",
         f"Responses that the OpenAPI document does not describe, as schemathesis sees it: {said or 'none'}.",
     ]
 
