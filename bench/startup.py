@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import pgfast
-from pgfast.engine import demo_bundle
+from pgfast.loading import demo_bundle
 from pgfast.runtime.providers import import_onnxruntime
 
 from .machine import cpuinfo

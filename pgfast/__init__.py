@@ -16,15 +16,20 @@ from pgfast.errors import PgfastError
 from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
 
 if TYPE_CHECKING:
-    from pgfast.engine import Engine, load
+    from pgfast.engine import Engine
+    from pgfast.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["Answer", "EncodedImage", "Engine", "GenerateOptions", "PgfastError", "Timings", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Engine", "load"):
-        from pgfast import engine
+    if name == "Engine":
+        from pgfast.engine import Engine
 
-        return getattr(engine, name)
+        return Engine
+    if name == "load":
+        from pgfast.loading import load
+
+        return load
     raise AttributeError(f"module 'pgfast' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`load()` and `Engine`: the only place where pictures, text and tokens meet."""
+"""`Engine`: the only place where pictures, text and tokens meet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from pgfast.bundle import Bundle
-from pgfast.errors import InputError, PromptError, ProviderError
+from pgfast.errors import InputError, PromptError
 from pgfast.image import MAX_PIXELS, ImageInput
 from pgfast.manifest import TOKENIZER, Manifest
 from pgfast.pending import Pending
@@ -24,7 +23,7 @@ from pgfast.pictures import PictureEncoder
 from pgfast.prompt import Tokenizer, fill_template
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.model import Model
-from pgfast.runtime.providers import Target, candidates, check_available, engine_cache
+from pgfast.runtime.providers import Target
 from pgfast.runtime.scheduler import Scheduler
 from pgfast.runtime.turns import STALL
 from pgfast.types import Answer, EncodedImage, GenerateOptions, LoadFigures, PreparedImage
@@ -34,50 +33,6 @@ logger = logging.getLogger(__name__)
 
 ENCODED_AHEAD = 8
 """Pictures of `answer_batch` that are encoded before there is a place for their question."""
-
-
-def demo_bundle() -> Path:
-    """Folder of the bundle that ships with the package."""
-    return Path(__file__).parent / "demo" / "bundle"
-
-
-def load(bundle: str | Path | None = None, *, provider: str = "auto", threads: int | None = None, device_id: int = 0) -> Engine:
-    """Load a bundle.
-
-    Args:
-        bundle: Its directory; None loads the small demo model inside the package.
-        provider: auto, cpu, cuda, tensorrt or tensorrt-rtx. `auto` takes the best one that works.
-        threads: CPU threads; None: one per core.
-        device_id: Which GPU.
-
-    Raises:
-        BundleError: The bundle is damaged or incomplete.
-        ProviderError: The provider asked for cannot run here; the message names the missing piece.
-    """
-    opened = Bundle.open(Path(bundle) if bundle is not None else demo_bundle())
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= 1024):
-        raise InputError(f"threads is {threads!r}: a whole number from 1 to 1024 is needed")
-    manifest = opened.manifest
-    failures: list[str] = []
-    for name in candidates(provider, manifest.dialect):
-        cache = engine_cache(name, opened.folder, manifest.digest())
-        halves = {"fp16": manifest.cache_type == "float16", "bf16": manifest.cache_type == "bfloat16"}
-        target = Target(name, device_id, **halves, cache_dir=cache)
-        try:
-            check_available(name)
-            engine = Engine(opened, target, threads)
-        except ProviderError as error:
-            if provider != "auto":
-                raise
-            failures.append(str(error))
-            continue
-        logger.info("running on %s", name)
-        if name == "tensorrt-rtx" and (stale := manifest.engines_of_other_graphs()):
-            files = ", ".join(engine.file for engine in stale)
-            # answers are right all the same: onnxruntime compiles the graph itself
-            logger.warning("%s: built from another graph than the bundle's; 'pgfast engines' rebuilds", files)
-        return engine
-    raise ProviderError("no provider works: " + "; ".join(failures))
 
 
 class Engine:

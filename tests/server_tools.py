@@ -15,10 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pgfast
+from pgfast.loading import demo_bundle
 from pgfast.server.config import ServerConfig
 from pgfast.server.serving import Server, bind, url_of
 
-PICTURE = (pgfast.engine.demo_bundle().parent / "blue_circle.png").read_bytes()
+PICTURE = (demo_bundle().parent / "blue_circle.png").read_bytes()
 QUESTION = "what color is the shape?"
 ASK = {"image": base64.b64encode(PICTURE).decode(), "question": QUESTION}
 WAIT = 20.0

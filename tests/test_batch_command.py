@@ -18,7 +18,7 @@ import pgfast
 from pgfast.batch import cli_progress
 from pgfast.batch.journal import Journal
 from pgfast.cli import main
-from pgfast.engine import demo_bundle
+from pgfast.loading import demo_bundle
 
 BLUE = demo_bundle().parent / "blue_circle.png"
 ROWS = 120

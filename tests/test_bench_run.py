@@ -31,8 +31,8 @@ from pgfast.export.plan import ExportOptions
 from pgfast.export.transformersjs import export_transformersjs
 
 from pgfast.bundle import Bundle
-from pgfast.engine import demo_bundle
 from pgfast.errors import InputError
+from pgfast.loading import demo_bundle
 from pgfast.runtime.generation import Generation
 
 PEERS = ("transformers fp32", "onnx fp32", "openvino fp32")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import pgfast
 from pgfast.bundle import Bundle, describe_file
-from pgfast.engine import demo_bundle
 from pgfast.errors import BundleError
+from pgfast.loading import demo_bundle
 from pgfast.manifest import Manifest
 
 

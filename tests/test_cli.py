@@ -14,7 +14,7 @@ from test_image import BAD, bad_pictures
 
 import pgfast
 from pgfast.cli import cli, main
-from pgfast.engine import demo_bundle
+from pgfast.loading import demo_bundle
 
 PICTURE = str(demo_bundle().parent / "blue_circle.png")
 

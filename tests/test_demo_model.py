@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 
 from pgfast import GenerateOptions
 from pgfast.bundle import sha256_of
-from pgfast.engine import Engine, demo_bundle
+from pgfast.engine import Engine
 from pgfast.image import normalize, open_image, to_pixel_values
+from pgfast.loading import demo_bundle
 
 
 @pytest.fixture(scope="module")

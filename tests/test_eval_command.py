@@ -19,7 +19,7 @@ from pgfast.train.demo import easy_vqa_data
 
 import pgfast
 from pgfast.cli import main
-from pgfast.engine import demo_bundle
+from pgfast.loading import demo_bundle
 
 
 @pytest.fixture(scope="module")

@@ -260,8 +260,8 @@ def test_a_refresh_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypa
 def test_loading_warns_of_engines_of_another_graph(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pgfast.engine.check_available", lambda name: None)
-    monkeypatch.setattr("pgfast.engine.Engine", lambda *args: None)  # there is no GPU to open a session on
+    monkeypatch.setattr("pgfast.loading.check_available", lambda name: None)
+    monkeypatch.setattr("pgfast.loading.Engine", lambda *args: None)  # there is no GPU to open a session on
     tamper(bundle, builder="1.6.0")  # says nothing about the graph, and the builder need not be here
     pgfast.load(bundle, provider="tensorrt-rtx")
     assert caplog.messages == []
@@ -299,8 +299,8 @@ def test_tensorrt_keeps_its_caches_beside_the_bundle(bundle: Path, tmp_path: Pat
     digest = Bundle.open(bundle).manifest.digest()
     elsewhere = tmp_path / "cache" / "pgfast" / digest[:16]
     targets: list[Any] = []
-    monkeypatch.setattr("pgfast.engine.check_available", lambda name: None)
-    monkeypatch.setattr("pgfast.engine.Engine", lambda bundle, target, threads: targets.append(target))
+    monkeypatch.setattr("pgfast.loading.check_available", lambda name: None)
+    monkeypatch.setattr("pgfast.loading.Engine", lambda bundle, target, threads: targets.append(target))
     pgfast.load(bundle, provider="tensorrt")
     pgfast.load(bundle, provider="tensorrt-rtx")
     assert [target.cache_dir for target in targets] == [bundle / ".tensorrt" / digest[:16], elsewhere]

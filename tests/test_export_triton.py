@@ -25,8 +25,9 @@ from pgfast.export.triton import export_triton
 
 import pgfast
 from pgfast.bundle import Bundle
-from pgfast.engine import Engine, demo_bundle
+from pgfast.engine import Engine
 from pgfast.errors import BundleError, ExportError
+from pgfast.loading import demo_bundle
 
 PICTURE = (TESTS.parent / "pgfast" / "demo" / "blue_circle.png").read_bytes()
 COLOUR = "what color is the shape?"

@@ -41,7 +41,7 @@ def test_the_public_api_keeps_its_signatures() -> None:
         return ", ".join(inspect.signature(function).parameters)  # type: ignore[arg-type]
 
     engine = pgfast.Engine
-    assert parameters(pgfast.load) == "bundle, provider, threads, device_id"
+    assert parameters(pgfast.load) == "bundle, provider, threads, device_id, spin"
     assert parameters(engine.answer) == "self, image, question, choices, language, options"
     assert parameters(engine.answer_batch) == "self, questions, language, options"
     assert parameters(engine.generate) == "self, image, prompt, options"

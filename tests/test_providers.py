@@ -150,9 +150,9 @@ def test_auto_goes_on_when_a_session_fails(bundle: Path, monkeypatch: pytest.Mon
 
     real = model.open_session
     monkeypatch.setattr(model, "open_session", fails_on_cuda)
-    monkeypatch.setattr("pgfast.engine.check_available", lambda name: None)
+    monkeypatch.setattr("pgfast.loading.check_available", lambda name: None)
     monkeypatch.setattr(
-        "pgfast.engine.candidates", lambda provider, dialect: [provider] if provider != "auto" else ["cuda", "cpu"]
+        "pgfast.loading.candidates", lambda provider, dialect: [provider] if provider != "auto" else ["cuda", "cpu"]
     )
     assert pgfast.load(bundle).provider == "cpu"
     with pytest.raises(ProviderError, match="out of memory"):

@@ -10,7 +10,7 @@ from pgfast.train.demo.tiny_paligemma import build_tokenizer
 from tokenizers import decoders, models
 
 import pgfast
-from pgfast.engine import demo_bundle
+from pgfast.loading import demo_bundle
 from pgfast.prompt import Tokenizer
 from pgfast.token_texts import TokenText, TokenTexts
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_train_command import SMALL, command, evaluations, make_data, steps, train, write_rows
 
 from pgfast.cli import main
-from pgfast.engine import demo_bundle
+from pgfast.loading import demo_bundle
 
 Edit = Callable[[Path], None]
 

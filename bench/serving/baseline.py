@@ -68,7 +68,7 @@ def main() -> None:
     be_expendable()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from pgfast.engine import load
+    from pgfast.loading import load
 
     engine = load(sys.argv[1] or None)
     for line in sys.stdin:

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from pgfast.bundle import Bundle
-from pgfast.engine import demo_bundle
 from pgfast.errors import InputError, PgfastError
+from pgfast.loading import demo_bundle
 from pgfast.types import GenerateOptions, Timings
 from pgfast.validation import check_options
 

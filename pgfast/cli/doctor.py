@@ -111,7 +111,7 @@ def _version(package: str) -> str | None:
 def _try_provider(name: str) -> str:
     """Open the embedded vision encoder on a provider and run it; both dialects share that graph."""
     from pgfast.bundle import Bundle
-    from pgfast.engine import demo_bundle
+    from pgfast.loading import demo_bundle
     from pgfast.runtime.providers import Target, check_available
     from pgfast.runtime.session import open_session
 

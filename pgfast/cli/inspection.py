@@ -19,7 +19,7 @@ from pgfast.manifest import Manifest
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest itself, with the memory.")
 def inspect(bundle: Path | None, check: bool, batch: int, as_json: bool) -> None:
     """Print the manifest of BUNDLE (by default the embedded one) and check its files."""
-    from pgfast.engine import demo_bundle
+    from pgfast.loading import demo_bundle
 
     opened = Bundle.open(bundle or demo_bundle(), full_check=check)
     manifest = opened.manifest

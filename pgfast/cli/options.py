@@ -49,12 +49,12 @@ def generate_options(values: dict[str, Any]) -> GenerateOptions:
     return GenerateOptions(**{field.name: values[field.name] for field in dataclasses.fields(GenerateOptions)})
 
 
-def load_engine(model: str | None, provider: str, threads: int | None) -> Engine:
+def load_engine(model: str | None, provider: str, threads: int | None, *, spin: bool = True) -> Engine:
     """Load the bundle and say on stderr what answers and where."""
     import pgfast
     from pgfast.cli import printable
 
-    engine = pgfast.load(model, provider=provider, threads=threads)
+    engine = pgfast.load(model, provider=provider, threads=threads, spin=spin)
     what = printable(engine.manifest.source.checkpoint)
     if model is None:
         what = "the embedded demo model (it knows one-shape pictures only; -m BUNDLE for your own)"

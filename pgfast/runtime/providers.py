@@ -46,6 +46,8 @@ class Target:
     bf16: bool = False
     cache_dir: Path = field(default_factory=lambda: default_cache_dir())
     """Where TensorRT keeps built engines."""
+    spin: bool = True
+    """Whether threads on the CPU wait for each other at full speed."""
     cuda_graph: bool = False
     """Whether the CUDA provider may capture runs. Every run then says which graph it is, or that it is none."""
 

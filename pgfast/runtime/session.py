@@ -51,6 +51,7 @@ def open_session(
     if target.name == "cpu":
         # each session has threads of its own, and those of the one that has just run would spin on the other's cores
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if target.spin else "0")
     for name, value in (weights or {}).items():
         options.add_initializer(name, value)
     if target.static_shapes:

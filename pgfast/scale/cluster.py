@@ -49,7 +49,7 @@ class Cluster:
                 raise click.UsageError("--engines goes with --ray")
             return None
         from pgfast.bundle import Bundle
-        from pgfast.engine import demo_bundle
+        from pgfast.loading import demo_bundle
 
         Bundle.open(Path(model) if model else demo_bundle())  # here, where its error is one line
         return cls(address, engines, engine_cpus, model and os.path.abspath(model), provider, threads)

@@ -41,7 +41,7 @@ class Replica:
     def __init__(self, bundle: str | None, provider: str, threads: int, config: ServerConfig) -> None:
         import pgfast
 
-        app = build_app(pgfast.load(bundle, provider=provider, threads=threads), config)
+        app = build_app(pgfast.load(bundle, provider=provider, threads=threads, spin=False), config)
         app.state.service.warm()
         self._watched = FailureCount(app)
 

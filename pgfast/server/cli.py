@@ -16,6 +16,8 @@ from pgfast.errors import MissingDependencyError
 from pgfast.scale.cluster import Cluster, ray_options
 
 MIB = 2**20
+SWITCH = 0.0005
+"""Seconds after which a Python thread lets others in; 5 ms by default: so long the engine would wait for the event loop."""
 
 
 def _limits(command: Any) -> Any:
@@ -74,7 +76,8 @@ def serve(model: str | None, provider: str, threads: int | None, host: str, port
         where = f"http://{host}:{port} of every node with an engine"
         serving.run(cluster, config, host, port, lambda count: _say(f"serving on {where}, {count} engines"))
         return
-    with bind(host, port) as sock, load_engine(model, provider, threads) as engine:
+    sys.setswitchinterval(SWITCH)
+    with bind(host, port) as sock, load_engine(model, provider, threads, spin=False) as engine:
         _log_to_stderr()
 
         def on_ready() -> None:
