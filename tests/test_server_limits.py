@@ -107,6 +107,19 @@ def test_bytes_of_all_bodies_are_limited(held: HeldEngine) -> None:
     assert held.cancelled == 1
 
 
+@pytest.mark.parametrize("length", ["0" * 20 + "900000", "900000 ", "\t900000\t"])
+def test_a_length_in_an_odd_notation_counts(demo: pgfast.Engine, length: str) -> None:
+    with serving(demo, max_body=2**20, max_bodies=2**20 + 2**19) as server:
+        socks = [server.connect(), server.connect()]
+        for taken, sock in enumerate(socks):
+            until(lambda taken=taken: server.service.admission.taken == taken)
+            sock.sendall(HEAD + f"Content-Length: {length}\r\n\r\n".encode())
+        assert answer(socks[1].recv(65536))[0] == 429
+        for sock in socks:
+            sock.close()
+        until(lambda: not server.service.admission.taken)
+
+
 def test_a_long_body_is_refused_by_what_it_says(demo: pgfast.Engine) -> None:
     with serving(demo, max_body=10_000, max_bodies=10_000_000) as server:
         sock = server.connect()
