@@ -229,6 +229,26 @@ def test_a_client_that_goes_away_while_its_picture_waits(demo: pgfast.Engine) ->
         second.close()
 
 
+def test_a_client_that_goes_away_while_its_long_text_is_taken_apart(held: HeldEngine) -> None:
+    begun, go = threading.Event(), threading.Event()
+    submit = held.submit
+
+    def slowly(*args: Any, choices: Any, **options: Any) -> Any:
+        begun.set()
+        assert go.wait(WAIT)
+        return submit(*args, choices=("yes", "no"), **options)
+
+    held.submit = slowly  # type: ignore[method-assign]
+    with serving(held) as server:
+        choices = [f"{number} " + "a" * 100 for number in range(100)]
+        sock = send(server, json.dumps({**ASK, "choices": choices}).encode())
+        assert begun.wait(WAIT)
+        sock.close()
+        until(lambda: not server.service.admission.taken)
+        go.set()
+        until(lambda: held.cancelled == 1)
+
+
 def test_with_the_engine_itself_nothing_is_left_running(demo: pgfast.Engine) -> None:
     with serving(demo) as server:
         for _ in range(10):
