@@ -217,6 +217,17 @@ def test_a_client_that_goes_away_frees_its_slot(held: HeldEngine) -> None:
         assert server.metric("pgfast_requests_total", route="/v1/answer", status="499") == 1
 
 
+def test_a_client_that_goes_away_after_a_large_body_is_noticed(held: HeldEngine) -> None:
+    picture = base64.b64encode(PICTURE + b"\0" * 2**20).decode()
+    with serving(held) as server:
+        for number in range(5):  # whether reading pauses at the body's end depends on how it arrives
+            sock = send(server, json.dumps({**ASK, "image": picture}).encode())
+            until(lambda: held.held)
+            sock.close()
+            until(lambda number=number: held.cancelled == number + 1)
+        until(lambda: not server.service.admission.taken)
+
+
 def test_a_client_that_goes_away_while_its_picture_waits(demo: pgfast.Engine) -> None:
     engine = Decoding(demo)
     with serving(engine, decoders=1) as server:
