@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,15 @@ MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that decode in-process; Pillow would hand some others (EPS) to an external program."""
+MAX_SCANS = 100
+"""Of a progressive JPEG, which has about ten. Each costs a pass over the whole picture and perhaps less than 100 bytes;
+libtiff has the same limit."""
 BAND = 128
 """Rows of a transparent picture that are put on white at a time."""
 
 _OPENING = threading.Lock()
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+"""The next marker with a length in JPEG's data; elsewhere 0xFF stands only before zeros and markers that have none."""
 
 ImageInput = Any
 """Path (str or os.PathLike), bytes, PIL.Image.Image, or uint8 array [H, W, 3]."""
@@ -82,7 +88,20 @@ def _decode(file: Any, what: str, most: int) -> PILImage:
         raise ImageError(f"{what} is not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF)") from error
     except Exception as error:
         raise ImageError(f"{what} cannot be opened: {_reason(error)}") from error
+    if opened.format in ("JPEG", "MPO") and opened.info.get("progressive") and opened.width * opened.height <= most:
+        file.seek(0)
+        if _scans(file.read()) > MAX_SCANS:
+            raise ImageError(f"{what} has more than {MAX_SCANS} scans: save it again as a usual JPEG")
     return _upright_rgb(opened, what, most)
+
+
+def _scans(jpeg: bytes) -> int:
+    """Count a JPEG's scans, up to one more than are accepted."""
+    count, place = 0, 2
+    while count <= MAX_SCANS and (match := _MARKER.search(jpeg, place)) and match[1] != b"\xd9":
+        count += match[1] == b"\xda"
+        place = match.end() + int.from_bytes(jpeg[match.end() : match.end() + 2])
+    return count
 
 
 def _upright_rgb(image: PILImage, what: str, most: int) -> PILImage:

@@ -138,6 +138,29 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
+def progressive(scans: int, *, stuffing: bytes = b"") -> bytes:
+    """A progressive JPEG in which one scan comes again and again: each takes as long as a whole small picture."""
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(buffer, "JPEG", progressive=True)
+    head, first, *others, last = buffer.getvalue().split(b"\xff\xda")
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + len(stuffing)) + stuffing
+    return b"\xff\xda".join([head[:2] + comment + head[2:], first, *[others[1]] * (scans - 2), last])
+
+
+def test_many_scans_are_refused_and_what_only_looks_like_them_is_not(tmp_path: Path) -> None:
+    good = progressive(12, stuffing=b"\xff\xda" * 1000) + b"\xff\xda" * 1000  # a thumbnail before, a film behind
+    assert open_image(good).size == (64, 64)
+    (tmp_path / "good.jpg").write_bytes(good)
+    assert open_image(tmp_path / "good.jpg").size == (64, 64)
+    assert open_image(progressive(100)).size == (64, 64)
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        open_image(progressive(101))
+    head, *scans = progressive(101).split(b"\xff\xda")
+    hidden = head + b"\xff\xda" + b"\xff\x01\xff\xff\xda".join(scans)  # before each a marker that has no length
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        open_image(hidden)
+
+
 def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
     """Name to (what is given, what the message must contain)."""
     files = {

@@ -112,6 +112,8 @@ def test_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_options_and_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'*' is not an origin" in fails(capsys, "--cors-origin", "*")
     assert "decoders is 0: at least 1 is needed" in fails(capsys, "--decoders", "0")
+    assert "--max-body-mb is nan: a number of MB is needed" in fails(capsys, "--max-body-mb", "nan")
+    assert "--cache-pictures is inf: a number of MB is needed" in fails(capsys, "--cache-pictures", "inf")
     assert "timeout is -1.0: seconds are needed" in fails(capsys, "--timeout", "-1")
     assert str(tmp_path) in fails(capsys, "-m", str(tmp_path), "--port", "0")
 

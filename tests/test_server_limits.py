@@ -107,6 +107,19 @@ def test_bytes_of_all_bodies_are_limited(held: HeldEngine) -> None:
     assert held.cancelled == 1
 
 
+@pytest.mark.parametrize("length", ["0" * 20 + "900000", "900000 ", "\t900000\t"])
+def test_a_length_in_an_odd_notation_counts(demo: pgfast.Engine, length: str) -> None:
+    with serving(demo, max_body=2**20, max_bodies=2**20 + 2**19) as server:
+        socks = [server.connect(), server.connect()]
+        for taken, sock in enumerate(socks):
+            until(lambda taken=taken: server.service.admission.taken == taken)
+            sock.sendall(HEAD + f"Content-Length: {length}\r\n\r\n".encode())
+        assert answer(socks[1].recv(65536))[0] == 429
+        for sock in socks:
+            sock.close()
+        until(lambda: not server.service.admission.taken)
+
+
 def test_a_long_body_is_refused_by_what_it_says(demo: pgfast.Engine) -> None:
     with serving(demo, max_body=10_000, max_bodies=10_000_000) as server:
         sock = server.connect()
@@ -204,6 +217,17 @@ def test_a_client_that_goes_away_frees_its_slot(held: HeldEngine) -> None:
         assert server.metric("pgfast_requests_total", route="/v1/answer", status="499") == 1
 
 
+def test_a_client_that_goes_away_after_a_large_body_is_noticed(held: HeldEngine) -> None:
+    picture = base64.b64encode(PICTURE + b"\0" * 2**20).decode()
+    with serving(held) as server:
+        for number in range(5):  # whether reading pauses at the body's end depends on how it arrives
+            sock = send(server, json.dumps({**ASK, "image": picture}).encode())
+            until(lambda: held.held)
+            sock.close()
+            until(lambda number=number: held.cancelled == number + 1)
+        until(lambda: not server.service.admission.taken)
+
+
 def test_a_client_that_goes_away_while_its_picture_waits(demo: pgfast.Engine) -> None:
     engine = Decoding(demo)
     with serving(engine, decoders=1) as server:
@@ -214,6 +238,26 @@ def test_a_client_that_goes_away_while_its_picture_waits(demo: pgfast.Engine) ->
         engine.go.set()
         assert answer(second.recv(65536))[2]["text"] == "blue"  # the other one has it all the same
         second.close()
+
+
+def test_a_client_that_goes_away_while_its_long_text_is_taken_apart(held: HeldEngine) -> None:
+    begun, go = threading.Event(), threading.Event()
+    submit = held.submit
+
+    def slowly(*args: Any, choices: Any, **options: Any) -> Any:
+        begun.set()
+        assert go.wait(WAIT)
+        return submit(*args, choices=("yes", "no"), **options)
+
+    held.submit = slowly  # type: ignore[method-assign]
+    with serving(held) as server:
+        choices = [f"{number} " + "a" * 100 for number in range(100)]
+        sock = send(server, json.dumps({**ASK, "choices": choices}).encode())
+        assert begun.wait(WAIT)
+        sock.close()
+        until(lambda: not server.service.admission.taken)
+        go.set()
+        until(lambda: held.cancelled == 1)
 
 
 def test_with_the_engine_itself_nothing_is_left_running(demo: pgfast.Engine) -> None:

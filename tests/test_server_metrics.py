@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +84,9 @@ def image(size: int = 100) -> EncodedImage:
     return EncodedImage(np.zeros((1, size), np.float32), 1, 1, "bundle")
 
 
-def with_cache(demo: pgfast.Engine, encode: Callable[[bytes], Encoded], limit: int, use: Any, threads: int = 4) -> Metrics:
+def with_cache(
+    demo: pgfast.Engine, encode: Callable[[Callable[[], bytes]], Encoded], limit: int, use: Any, threads: int = 4
+) -> Metrics:
     """Run `use(cache)` in an event loop."""
     metrics = Metrics(demo)
     with ThreadPoolExecutor(threads) as pool:
@@ -93,8 +97,8 @@ def with_cache(demo: pgfast.Engine, encode: Callable[[bytes], Encoded], limit: i
 def test_the_cache_keeps_what_was_used_last(demo: pgfast.Engine) -> None:
     encoded: list[bytes] = []
 
-    def encode(picture: bytes) -> Encoded:
-        encoded.append(picture)
+    def encode(picture: Callable[[], bytes]) -> Encoded:
+        encoded.append(picture())
         return image(), (0.5, 0.25)
 
     async def use(cache: PictureCache) -> None:
@@ -125,8 +129,8 @@ def test_a_cache_of_nothing_keeps_nothing(demo: pgfast.Engine) -> None:
 def test_a_bad_picture_is_everybody_s_error_and_is_not_kept(demo: pgfast.Engine) -> None:
     tried: list[bytes] = []
 
-    def encode(picture: bytes) -> Encoded:
-        tried.append(picture)
+    def encode(picture: Callable[[], bytes]) -> Encoded:
+        tried.append(picture())
         raise ImageError("damaged")
 
     async def use(cache: PictureCache) -> None:
@@ -143,10 +147,10 @@ def test_who_gives_up_takes_nothing_from_the_others(demo: pgfast.Engine) -> None
     go, begun = threading.Event(), threading.Event()
     encoded: list[bytes] = []
 
-    def encode(picture: bytes) -> Encoded:
+    def encode(picture: Callable[[], bytes]) -> Encoded:
         begun.set()
         assert go.wait(WAIT)
-        encoded.append(picture)
+        encoded.append(picture())
         return image(), (0.0, 0.0)
 
     async def use(cache: PictureCache) -> None:
@@ -165,6 +169,34 @@ def test_who_gives_up_takes_nothing_from_the_others(demo: pgfast.Engine) -> None
 
     with_cache(demo, encode, 10**6, use, threads=1)
     assert encoded == [b"a", b"b"]
+
+
+def test_a_picture_that_nobody_wants_any_more_is_let_go_at_once(demo: pgfast.Engine) -> None:
+    go, begun = threading.Event(), threading.Event()
+    encoded: list[bytes] = []
+    pictures = [b"a" * 1000, b"b" * 1000]  # one that has begun, and one in the queue behind it
+    counts = [sys.getrefcount(picture) for picture in pictures]
+
+    def encode(picture: Callable[[], bytes]) -> Encoded:
+        begun.set()
+        assert go.wait(WAIT)
+        encoded.append(picture())
+        return image(), (0.0, 0.0)
+
+    async def use(cache: PictureCache) -> None:
+        tasks = [asyncio.create_task(cache.get(picture)) for picture in pictures]
+        await asyncio.to_thread(begun.wait, WAIT)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert all(task.cancelled() for task in tasks)
+        del task, tasks
+        gc.collect()
+        assert [sys.getrefcount(picture) for picture in pictures] == counts
+        go.set()
+
+    with_cache(demo, encode, 10**6, use, threads=1)
+    assert encoded == []
 
 
 def test_pictures_of_one_content_share_the_cache_of_a_server(demo: pgfast.Engine) -> None:

@@ -35,8 +35,9 @@ DATA_URI = re.compile(r"data:(?:image/[\w.+-]+|application/octet-stream)?(?:;[\w
 def announced(scope: Scope) -> float:
     """Bytes of the body to come; infinite, if that is not said."""
     for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            return float(value[:18])
+        if name == b"content-length":
+            digits = value.strip().lstrip(b"0") or b"0"  # the parser lets both through
+            return float(digits[:18]) if digits.isdigit() else math.inf
         if name == b"transfer-encoding":
             return math.inf
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from pgfast.cli import printable
-from pgfast.errors import MissingDependencyError
+from pgfast.errors import InputError, MissingDependencyError
 from pgfast.scale.cluster import Cluster, ray_options
 
 MIB = 2**20
@@ -115,6 +116,9 @@ def _config(given: dict[str, Any]) -> Any:
     values["allow_url_hosts"] = values.pop("allow_url_host")
     if "api_key_file" in values:
         values["api_keys"] = read_keys(values.pop("api_key_file"))
+    for name in ("max_body_mb", "cache_pictures"):
+        if not math.isfinite(values.get(name, 0)):
+            raise InputError(f"--{name.replace('_', '-')} is {values[name]}: a number of MB is needed")
     if "max_body_mb" in values:
         values["max_body"] = int(values.pop("max_body_mb") * MIB)
         values["max_bodies"] = max(ServerConfig.max_bodies, 4 * values["max_body"])

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, Executor
+from dataclasses import dataclass, field
 from functools import partial
 
 from pgfast.types import EncodedImage
@@ -25,21 +25,29 @@ OVERHEAD = 1024
 class _Encoding:
     """A picture that is being encoded."""
 
-    future: asyncio.Future[Encoded]
+    picture: bytes | None
+    future: asyncio.Future[Encoded] = field(init=False)
     waiting: int = 0
+
+    def take(self) -> bytes:
+        """The picture's bytes; in a thread."""
+        if (picture := self.picture) is None:
+            raise CancelledError
+        return picture
 
 
 class PictureCache:
     """Used from the event loop; the encoding itself runs in threads.
 
     Args:
-        encode: Bytes of a file to an encoded picture.
+        encode: Given how to get the bytes of a file, makes an encoded picture; asks for them when it can use them, for who
+            wanted it may be gone by then, which raises `concurrent.futures.CancelledError`.
         pool: Where it runs.
         limit: Bytes of features that are kept; what was used longest ago goes first. 0: nothing is kept.
         metrics: Counts hits and misses.
     """
 
-    def __init__(self, encode: Callable[[bytes], Encoded], pool: Executor, limit: int, metrics: Metrics) -> None:
+    def __init__(self, encode: Callable[[Callable[[], bytes]], Encoded], pool: Executor, limit: int, metrics: Metrics) -> None:
         self._encode, self._pool, self._limit, self._metrics = encode, pool, limit, metrics
         self._kept: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._running: dict[bytes, _Encoding] = {}
@@ -62,7 +70,8 @@ class PictureCache:
             self._metrics.cache_hits.inc()
             return (await self._wait(key, encoding))[0], (0.0, 0.0)
         self._metrics.cache_misses.inc()
-        encoding = _Encoding(asyncio.get_running_loop().run_in_executor(self._pool, self._encode, picture))
+        encoding = _Encoding(picture)
+        encoding.future = asyncio.get_running_loop().run_in_executor(self._pool, self._encode, encoding.take)
         encoding.future.add_done_callback(partial(self._finish, key, encoding))
         self._running[key] = encoding
         return await self._wait(key, encoding)
@@ -75,7 +84,8 @@ class PictureCache:
         finally:
             encoding.waiting -= 1
             if not encoding.waiting and not encoding.future.done():
-                encoding.future.cancel()  # if it has begun it cannot be stopped: its result is thrown away
+                encoding.future.cancel()  # once it is being decoded it cannot be stopped: its result is thrown away
+                encoding.picture = None  # the queue keeps what was cancelled, and no limit of bodies counts it any more
                 del self._running[key]
 
     def _finish(self, key: bytes, encoding: _Encoding, future: asyncio.Future[Encoded]) -> None:

@@ -107,6 +107,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """The next one may begin."""
         self._heard, self._part = True, None
         super().on_message_complete()
+        if not self.pipeline:  # uvicorn stops reading while much is unread, and would not notice then that the client goes
+            self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         """The client does not read; closing would wait for it."""

@@ -168,10 +168,10 @@ class AnswerService:
         """Return a picture encoded, from the cache if it can be."""
         return (picture, (0.0, 0.0)) if isinstance(picture, EncodedImage) else await self._pictures.get(picture)
 
-    def _encode(self, picture: bytes) -> Encoded:
+    def _encode(self, picture: Callable[[], bytes]) -> Encoded:
         with self._decoding:
             start = time.perf_counter()
-            prepared = self.engine.prepare_image(picture, max_pixels=self.config.max_pixels)
+            prepared = self.engine.prepare_image(picture(), max_pixels=self.config.max_pixels)
             decoded = time.perf_counter()
         return self.engine.encode_image(prepared), (decoded - start, time.perf_counter() - decoded)
 
@@ -192,7 +192,14 @@ class _Question:
         self._image, (self._preprocess, self._vision) = await self._service.encoded(ask.picture)
         size = len(ask.question or "") + len(ask.prompt or "") + sum(map(len, ask.choices or ()))
         self._submitted = time.perf_counter()
-        return self._submit() if size <= QUICK_TEXT else await asyncio.to_thread(self._submit)
+        if size <= QUICK_TEXT:
+            return self._submit()
+        submitting = self._loop.run_in_executor(None, self._submit)
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:  # the thread goes on, and its question would be answered for nobody
+            submitting.add_done_callback(_cancel)
+            raise
 
     def _check_lengths(self) -> None:
         limits = self._service.engine.manifest.limits
@@ -246,3 +253,8 @@ class _Question:
             height=self._image.height,
             queue=max(0.0, total - preprocess - self._vision - engine.prefill - engine.decode),
         )
+
+
+def _cancel(submitting: asyncio.Future[Pending]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
