@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib
 import logging
@@ -17,6 +19,8 @@ from pgfast.errors import InputError, MissingDependencyError
 from pgfast.scale.cluster import Cluster, ray_options
 
 MIB = 2**20
+M_MMAP_THRESHOLD = -3
+"""As glibc's malloc.h has it; set once, the threshold no longer rises."""
 SWITCH = 0.0005
 """Seconds after which a Python thread lets others in; 5 ms by default: so long the engine would wait for the event loop."""
 
@@ -78,6 +82,7 @@ def serve(model: str | None, provider: str, threads: int | None, host: str, port
         serving.run(cluster, config, host, port, lambda count: _say(f"serving on {where}, {count} engines"))
         return
     sys.setswitchinterval(SWITCH)
+    _give_memory_back()
     with bind(host, port) as sock, load_engine(model, provider, threads, spin=False) as engine:
         _log_to_stderr()
 
@@ -93,17 +98,27 @@ def _say(text: str) -> None:
     print(f"pgfast: {text}", file=sys.stderr, flush=True)
 
 
+def _give_memory_back() -> None:
+    """Let large blocks return to the system when they are freed; glibc would keep ever larger ones for itself."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
+
+
 class _OneLine(logging.Formatter):
     """Messages may hold what strangers sent: one line each, nothing that a terminal obeys; a bug keeps its traceback."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))[:500]
 
+    def formatException(self, ei: Any) -> str:
+        return "\n".join("    " + printable(line)[:500] for line in super().formatException(ei).splitlines())
+
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s pgfast %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("pgfast.server.remote_pictures").setLevel(logging.INFO)  # why a URL was refused: clients are not told
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told
 
 
