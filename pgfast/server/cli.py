@@ -101,7 +101,7 @@ def _say(text: str) -> None:
 def _give_memory_back() -> None:
     """Let large blocks return to the system when they are freed; glibc would keep ever larger ones for itself."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**22)
 
 
 class _OneLine(logging.Formatter):
