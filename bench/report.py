@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pgfast.errors import InputError
-
 from . import plots, summary
 from .performance import accuracy_lines
+from .result_file import read_result_file
 from .run import FORMAT
 from .summary import METRICS, Data
 from .workloads import WORKLOADS
@@ -28,18 +26,8 @@ class Section:
 
 
 def read_results(path: Path) -> Data:
-    """Read a result file.
-
-    Raises:
-        InputError: It is not one, or of another format.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a result file of 'pgfast bench run': {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise InputError(f"{path} is not a result file of this version (format {FORMAT}): run 'pgfast bench run' again")
-    return data
+    """Read a result file (raises as `read_result_file`)."""
+    return read_result_file(path, "pgfast bench run", FORMAT)
 
 
 def write_report(results: Path, out: Path) -> list[Path]:

@@ -43,3 +43,10 @@ def run(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 
 def lines_of(out: Path) -> int:
     return out.read_bytes().count(b"\n") if out.exists() else 0
+
+
+def whole_outputs(data: Path, folder: Path) -> dict[str, bytes]:
+    """What uninterrupted runs over rows.jsonl of `data` write, by the ending of OUT."""
+    for kind in ("jsonl", "csv"):
+        assert run(data / "rows.jsonl", folder / f"out.{kind}").returncode == 1
+    return {kind: (folder / f"out.{kind}").read_bytes() for kind in ("jsonl", "csv")}

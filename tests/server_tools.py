@@ -22,6 +22,8 @@ from pgfast.server.serving import Server, bind, url_of
 PICTURE = (demo_bundle().parent / "blue_circle.png").read_bytes()
 QUESTION = "what color is the shape?"
 ASK = {"image": base64.b64encode(PICTURE).decode(), "question": QUESTION}
+BODY = json.dumps(ASK).encode()
+HEAD = b"POST /v1/answer HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 WAIT = 20.0
 """Seconds after which something that should happen at once is taken for not happening."""
 
@@ -150,3 +152,37 @@ class _Held:
         if not self.done:
             self._engine.cancelled += 1
             self._engine.held.remove(self)
+
+
+class Decoding:
+    """The demo engine; counts how many pictures are decoded at a time, and waits for as many as are wanted."""
+
+    def __init__(self, engine: pgfast.Engine) -> None:
+        self._engine, self.on_step = engine, None
+        self.most = self.now = 0
+        self.lock, self.go = threading.Lock(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def prepare_image(self, picture: bytes, **options: Any) -> Any:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        assert self.go.wait(WAIT)
+        with self.lock:
+            self.now -= 1
+        return self._engine.prepare_image(picture, **options)
+
+
+def send(server: Running, body: bytes = BODY) -> Any:
+    sock = server.connect()
+    sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    return sock
+
+
+def answer(raw: bytes) -> tuple[int, dict[bytes, bytes], Any]:
+    head, _, body = raw.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    headers = dict(line.lower().split(b": ", 1) for line in lines)
+    return int(first.split()[1]), headers, json.loads(body[: int(headers[b"content-length"])])

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from batch_data import command, lines_of, make_rows, run
+from batch_data import command, lines_of, make_rows, run, whole_outputs
 
 ROWS = 480
 
@@ -23,11 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What uninterrupted runs write, by the ending of OUT."""
-    folder = tmp_path_factory.mktemp("whole")
-    for kind in ("jsonl", "csv"):
-        assert run(data / "rows.jsonl", folder / f"out.{kind}").returncode == 1
-    return {kind: (folder / f"out.{kind}").read_bytes() for kind in ("jsonl", "csv")}
+    return whole_outputs(data, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

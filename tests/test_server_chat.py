@@ -17,7 +17,6 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from server_tools import PICTURE, QUESTION, serving
 from test_token_texts import GEMMA, PIECES
 
-import pgfast
 from pgfast import Engine, GenerateOptions
 from pgfast.prompt import cut_at_stop
 from pgfast.server.chat_logprobs import tokens_of
@@ -29,14 +28,8 @@ WILD = {"temperature": 50.0, "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with pgfast.load(provider="cpu") as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def address(engine: Engine) -> Iterator[str]:
-    with serving(engine) as running:
+def address(demo: Engine) -> Iterator[str]:
+    with serving(demo) as running:
         yield f"{running.url}/v1"
 
 
@@ -70,8 +63,8 @@ def tokens_of_stream(chunks: list[ChatCompletionChunk]) -> list[Any]:
     return [token for logprobs in found if logprobs for token in logprobs.content or []]
 
 
-def test_an_answer_is_the_engines(client: openai.OpenAI, model: str, engine: Engine) -> None:
-    expected = engine.answer(PICTURE, QUESTION)
+def test_an_answer_is_the_engines(client: openai.OpenAI, model: str, demo: Engine) -> None:
+    expected = demo.answer(PICTURE, QUESTION)
     got = client.chat.completions.create(model=model, messages=messages(), logprobs=True)
     (choice,) = got.choices
     assert (choice.message.content, choice.message.role, choice.finish_reason) == (expected.text, "assistant", "stop")
@@ -83,21 +76,21 @@ def test_an_answer_is_the_engines(client: openai.OpenAI, model: str, engine: Eng
     assert token.logprob == pytest.approx(expected.token_logprobs[0], rel=1e-3)
     assert (got.model, got.object) == (model, "chat.completion")
     assert got.id.startswith("chatcmpl-")
-    assert got.system_fingerprint == f"fp_{engine.manifest.digest()[:12]}"
+    assert got.system_fingerprint == f"fp_{demo.manifest.digest()[:12]}"
 
 
-def test_usage_counts_the_picture_and_every_token(client: openai.OpenAI, model: str, engine: Engine) -> None:
+def test_usage_counts_the_picture_and_every_token(client: openai.OpenAI, model: str, demo: Engine) -> None:
     usage = client.chat.completions.create(model=model, messages=messages()).usage
     assert usage is not None
-    image = engine.manifest.dimensions.num_image_tokens
+    image = demo.manifest.dimensions.num_image_tokens
     text = len(["<bos>", "answer", "en", "what", "color", "is", "the", "shape", "?", "\\n"])  # the demo's tokens are words
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (image + text, 2, image + text + 2)
     assert usage.prompt_tokens_details is not None
     assert (usage.prompt_tokens_details.image_tokens, usage.prompt_tokens_details.text_tokens) == (image, text)
 
 
-def test_a_stream_adds_up_to_the_answer(client: openai.OpenAI, model: str, engine: Engine) -> None:
-    expected = engine.answer(PICTURE, QUESTION, options=GenerateOptions(max_new_tokens=30, **WILD))
+def test_a_stream_adds_up_to_the_answer(client: openai.OpenAI, model: str, demo: Engine) -> None:
+    expected = demo.answer(PICTURE, QUESTION, options=GenerateOptions(max_new_tokens=30, **WILD))
     assert len(expected.token_ids) > 10
     request: dict[str, Any] = {"model": model, "messages": messages(), "logprobs": True, "max_completion_tokens": 30, **WILD}
     chunks = streamed(client, stream_options={"include_usage": True}, **request)
@@ -128,11 +121,11 @@ def test_without_asking_a_stream_has_no_usage_and_no_logprobs(client: openai.Ope
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_stop_texts_are_cut_off_with_their_tokens(client: openai.OpenAI, model: str, engine: Engine, as_list: bool) -> None:
-    words = engine.answer(PICTURE, QUESTION, options=GenerateOptions(max_new_tokens=30, **WILD)).text.split()
+def test_stop_texts_are_cut_off_with_their_tokens(client: openai.OpenAI, model: str, demo: Engine, as_list: bool) -> None:
+    words = demo.answer(PICTURE, QUESTION, options=GenerateOptions(max_new_tokens=30, **WILD)).text.split()
     stop: Any = next(word for word in words[3:] if len(word) > 2)[:2]  # within a token
     options = GenerateOptions(max_new_tokens=30, stop=(stop,), **WILD)
-    expected = engine.answer(PICTURE, QUESTION, options=options).text
+    expected = demo.answer(PICTURE, QUESTION, options=options).text
     request: dict[str, Any] = {"model": model, "messages": messages(), "logprobs": True, "max_tokens": 30, **WILD}
     request["stop"] = [stop, "never said"] if as_list else stop
     whole = client.chat.completions.create(**request).choices[0]
@@ -145,8 +138,8 @@ def test_stop_texts_are_cut_off_with_their_tokens(client: openai.OpenAI, model: 
     assert tokens_of_stream(chunks) == whole.logprobs.content
 
 
-def test_choices_come_as_an_extra(client: openai.OpenAI, model: str, engine: Engine) -> None:
-    expected = engine.answer(PICTURE, QUESTION, choices=["red", "blue"])
+def test_choices_come_as_an_extra(client: openai.OpenAI, model: str, demo: Engine) -> None:
+    expected = demo.answer(PICTURE, QUESTION, choices=["red", "blue"])
     extra = {"choices": ["red", "blue"]}
     choice = client.chat.completions.create(model=model, messages=messages(), logprobs=True, extra_body=extra).choices[0]
     chunks = streamed(client, model=model, messages=messages(), logprobs=True, extra_body=extra)
@@ -159,12 +152,12 @@ def test_choices_come_as_an_extra(client: openai.OpenAI, model: str, engine: Eng
     assert tokens_of_stream(chunks) == choice.logprobs.content
 
 
-def test_other_extras_reach_the_engine(client: openai.OpenAI, model: str, engine: Engine) -> None:
+def test_other_extras_reach_the_engine(client: openai.OpenAI, model: str, demo: Engine) -> None:
     raw = client.chat.completions.create(
         model=model, messages=messages(f"answer en {QUESTION}"), extra_body={"raw_prompt": True}
     )
     assert raw.usage == client.chat.completions.create(model=model, messages=messages()).usage
-    expected = engine.answer(PICTURE, QUESTION, language="is", options=GenerateOptions(top_k=3, max_new_tokens=8, **WILD))
+    expected = demo.answer(PICTURE, QUESTION, language="is", options=GenerateOptions(top_k=3, max_new_tokens=8, **WILD))
     extra = {"language": "is", "top_k": 3}
     got = client.chat.completions.create(model=model, messages=messages(), max_tokens=8, extra_body=extra, **WILD)
     assert got.choices[0].message.content == expected.text
@@ -269,7 +262,7 @@ def test_models_are_listed_and_others_are_not_found(client: openai.OpenAI, model
         assert raised.value.code == "model_not_found"
 
 
-def test_the_asynchronous_client_asks_together(address: str, model: str, engine: Engine) -> None:
+def test_the_asynchronous_client_asks_together(address: str, model: str, demo: Engine) -> None:
     questions = [QUESTION, "is there a circle?", "what shape is in the image?"] * 4
 
     async def ask() -> list[ChatCompletion]:
@@ -278,18 +271,18 @@ def test_the_asynchronous_client_asks_together(address: str, model: str, engine:
             return await asyncio.gather(*(create(model=model, messages=messages(question)) for question in questions))
 
     answers = [answer.choices[0].message.content for answer in asyncio.run(ask())]
-    assert answers == [engine.answer(PICTURE, question).text for question in questions]
+    assert answers == [demo.answer(PICTURE, question).text for question in questions]
     assert len(set(answers)) == 3
 
 
-def test_a_picture_may_come_from_an_address_that_is_allowed(engine: Engine, model: str) -> None:
+def test_a_picture_may_come_from_an_address_that_is_allowed(demo: Engine, model: str) -> None:
     asked = []
 
     def fetch(url: str) -> bytes:
         asked.append(url)
         return PICTURE
 
-    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0) as client:
+    with serving(demo) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0) as client:
         running.service.fetch = fetch
         got = client.chat.completions.create(model=model, messages=messages(url="HTTPS://pictures.example/a.png?b=c"))
     assert got.choices[0].message.content == "blue"

@@ -1,4 +1,4 @@
-"""What the server refuses, gives up and cancels: places, bytes, pixels, seconds, clients that go away."""
+"""What the server refuses, gives up and cancels: places, bytes, pixels, seconds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,23 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from server_tools import ASK, PICTURE, QUESTION, WAIT, HeldEngine, Running, read_all, serving, until
+from server_tools import (
+    ASK,
+    HEAD,
+    PICTURE,
+    QUESTION,
+    WAIT,
+    Decoding,
+    HeldEngine,
+    Running,
+    answer,
+    read_all,
+    send,
+    serving,
+    until,
+)
 
 import pgfast
-
-BODY = json.dumps(ASK).encode()
-HEAD = b"POST /v1/answer HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture
@@ -26,19 +37,6 @@ def held(demo: pgfast.Engine) -> Iterator[HeldEngine]:
     engine = HeldEngine(demo)
     yield engine
     engine.release()
-
-
-def send(server: Running, body: bytes = BODY) -> Any:
-    sock = server.connect()
-    sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    return sock
-
-
-def answer(raw: bytes) -> tuple[int, dict[bytes, bytes], Any]:
-    head, _, body = raw.partition(b"\r\n\r\n")
-    first, *lines = head.split(b"\r\n")
-    headers = dict(line.lower().split(b": ", 1) for line in lines)
-    return int(first.split()[1]), headers, json.loads(body[: int(headers[b"content-length"])])
 
 
 def slots(engine: Any) -> int:
@@ -164,27 +162,6 @@ def test_a_large_picture_is_refused_before_it_is_decoded(demo: pgfast.Engine, mo
         assert server.ask().status == 200
 
 
-class Decoding:
-    """The demo engine; counts how many pictures are decoded at a time, and waits for as many as are wanted."""
-
-    def __init__(self, engine: pgfast.Engine) -> None:
-        self._engine, self.on_step = engine, None
-        self.most = self.now = 0
-        self.lock, self.go = threading.Lock(), threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def prepare_image(self, picture: bytes, **options: Any) -> Any:
-        with self.lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-        assert self.go.wait(WAIT)
-        with self.lock:
-            self.now -= 1
-        return self._engine.prepare_image(picture, **options)
-
-
 def test_decodes_at_a_time_are_limited_and_a_picture_is_decoded_once(demo: pgfast.Engine) -> None:
     engine = Decoding(demo)
     with serving(engine, decoders=2) as server, ThreadPoolExecutor(12) as pool:
@@ -196,79 +173,6 @@ def test_decodes_at_a_time_are_limited_and_a_picture_is_decoded_once(demo: pgfas
         assert [reply.result().status for reply in asked] == [200] * 12
         assert engine.most == 2
         assert server.metric("pgfast_picture_cache_misses_total") == 4
-
-
-def test_a_client_that_goes_away_frees_its_slot(held: HeldEngine) -> None:
-    with serving(held) as server:
-        sock = send(server)
-        until(lambda: held.held)
-        sock.close()
-        until(lambda: held.cancelled == 1)
-        sock = server.connect()
-        sock.sendall(HEAD.replace(b"answer", b"answer?stream=1") + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
-        until(lambda: held.held)
-        held.held[0].on_progress()
-        found = b""
-        while b'data: {"text":"bl"}' not in found:
-            found += sock.recv(65536)
-        sock.close()
-        until(lambda: held.cancelled == 2)
-        until(lambda: not server.service.admission.taken)
-        assert server.metric("pgfast_requests_total", route="/v1/answer", status="499") == 1
-
-
-def test_a_client_that_goes_away_after_a_large_body_is_noticed(held: HeldEngine) -> None:
-    picture = base64.b64encode(PICTURE + b"\0" * 2**20).decode()
-    with serving(held) as server:
-        for number in range(5):  # whether reading pauses at the body's end depends on how it arrives
-            sock = send(server, json.dumps({**ASK, "image": picture}).encode())
-            until(lambda: held.held)
-            sock.close()
-            until(lambda number=number: held.cancelled == number + 1)
-        until(lambda: not server.service.admission.taken)
-
-
-def test_a_client_that_goes_away_while_its_picture_waits(demo: pgfast.Engine) -> None:
-    engine = Decoding(demo)
-    with serving(engine, decoders=1) as server:
-        first, second = send(server), send(server)  # the same picture
-        until(lambda: server.metric("pgfast_picture_cache_hits_total") == 1)
-        first.close()
-        until(lambda: server.service.admission.taken == 1)
-        engine.go.set()
-        assert answer(second.recv(65536))[2]["text"] == "blue"  # the other one has it all the same
-        second.close()
-
-
-def test_a_client_that_goes_away_while_its_long_text_is_taken_apart(held: HeldEngine) -> None:
-    begun, go = threading.Event(), threading.Event()
-    submit = held.submit
-
-    def slowly(*args: Any, choices: Any, **options: Any) -> Any:
-        begun.set()
-        assert go.wait(WAIT)
-        return submit(*args, choices=("yes", "no"), **options)
-
-    held.submit = slowly  # type: ignore[method-assign]
-    with serving(held) as server:
-        choices = [f"{number} " + "a" * 100 for number in range(100)]
-        sock = send(server, json.dumps({**ASK, "choices": choices}).encode())
-        assert begun.wait(WAIT)
-        sock.close()
-        until(lambda: not server.service.admission.taken)
-        go.set()
-        until(lambda: held.cancelled == 1)
-
-
-def test_with_the_engine_itself_nothing_is_left_running(demo: pgfast.Engine) -> None:
-    with serving(demo) as server:
-        for _ in range(10):
-            socks = [send(server) for _ in range(30)]
-            for sock in socks:
-                sock.close()
-        until(lambda: not server.service.admission.taken)
-        until(lambda: demo.load_figures().running == demo.load_figures().waiting == 0)
-        assert server.ask().json["text"] == "blue"
 
 
 def test_too_slow_an_answer(held: HeldEngine) -> None:

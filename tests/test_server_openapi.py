@@ -16,7 +16,6 @@ from server_tools import serving
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-import pgfast
 from pgfast import Engine
 from pgfast.server import __file__ as server_file
 from pgfast.server.app import build_app
@@ -37,14 +36,8 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with pgfast.load(provider="cpu") as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def address(engine: Engine) -> Iterator[str]:
-    with serving(engine) as running:
+def address(demo: Engine) -> Iterator[str]:
+    with serving(demo) as running:
         yield running.url
 
 
@@ -85,8 +78,8 @@ def test_it_is_valid_openapi() -> None:
             found = found[key]
 
 
-def test_it_names_every_route_and_no_other(engine: Engine) -> None:
-    app: Starlette = build_app(engine, ServerConfig())
+def test_it_names_every_route_and_no_other(demo: Engine) -> None:
+    app: Starlette = build_app(demo, ServerConfig())
     routes = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes

@@ -12,6 +12,7 @@ from typing import Any
 from pgfast.errors import InputError, PgfastError
 
 from .. import machine
+from ..result_file import read_result_file
 from .baseline import Baseline
 from .batch_kills import measure_batch
 from .load import measure_load
@@ -57,18 +58,8 @@ def measure(settings: Settings, out: Path, say: Say = lambda line: None) -> Data
 
 
 def read(path: Path) -> Data:
-    """Read a result file.
-
-    Raises:
-        InputError: It is not one, or of another version.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a result file of 'pgfast bench serve': {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise InputError(f"{path} is not a result file of 'pgfast bench serve' of this version")
-    return data
+    """Read a result file (raises as `read_result_file`)."""
+    return read_result_file(path, "pgfast bench serve", FORMAT)
 
 
 def _part(name: str, settings: Settings, say: Say) -> dict[str, Any]:
