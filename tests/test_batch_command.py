@@ -225,3 +225,19 @@ def test_a_bar_on_a_terminal(data: Path, tmp_path: Path) -> None:
     assert "━".encode() in shown
     assert b" of 120 rows, " in shown
     assert b"/s, 0:00:" in shown
+
+
+def test_an_interrupt_right_behind_a_row_counts_that_row(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, write = tmp_path / "out.jsonl", Journal._write
+
+    def write_then_interrupt(journal: Journal, result: Any) -> None:
+        write(journal, result)
+        if journal.rows == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "_write", write_then_interrupt)
+    assert called(data / "rows.jsonl", out) == 130
+    assert f"7 rows are in {out}; the same command goes on" in capsys.readouterr().err
+    assert lines_of(out) == 7

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,7 @@ def batch(
                     results = answer_on_ray(rows.rows(before), cluster, options=options)
                 _run(journal, survey, results, max_errors)
             except KeyboardInterrupt:
+                journal.recount()
                 print(f"pgfast: {journal.rows:,} rows are in {out}; the same command goes on", file=sys.stderr)
                 raise
         _report(journal, out, before, rows.ignored, time.perf_counter() - started, as_json)
@@ -99,13 +100,23 @@ def _results(
 ) -> Generator[Result]:
     from .answering import answer_rows
 
-    # what the tokenizer says about single questions would be too much here
-    logging.getLogger("pgfast.prompt").setLevel(logging.ERROR)
     with (
+        _without_warnings("pgfast.prompt"),  # what it says about single questions would be too much here
         load_engine(model, provider, threads) as engine,
         closing(answer_rows(engine, rows.rows(skip), options=options)) as results,
     ):
         yield from results
+
+
+@contextmanager
+def _without_warnings(name: str) -> Generator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _run(journal: Journal, survey: Survey, results: Generator[Result], max_errors: int | None) -> None:

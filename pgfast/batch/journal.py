@@ -83,6 +83,11 @@ class Journal:
         self.rows += 1
         self.errors += result.error is not None
 
+    def recount(self) -> None:
+        """Count the rows again: an interrupt may have come between the writing of one and its counting."""
+        self.rows = self.errors = 0
+        self._count()
+
     def finish(self) -> None:
         """Note that all rows are there.
 
