@@ -151,7 +151,8 @@ class BatchMaker:
         black = np.zeros((size, size, 3), np.uint8)
         pictures = np.stack([black if picture is None else picture for picture in opened])  # [N, R, R, 3]
         if self._augment is not None:
-            pictures = self._augment(pictures, np.random.default_rng(seed))
+            names = [self._dataset.record(row).picture for row in rows]
+            pictures = self._augment(pictures, names, np.random.default_rng(seed))
         return normalize(pictures, self._spec), broken
 
     def _squashed(self, row: int) -> NDArray[np.uint8] | None:

@@ -55,13 +55,15 @@ class Encoder:
         except PromptError as error:
             raise RowError(str(error)) from error
 
-    def answer(self, text: str) -> list[int]:
+    def answer(self, text: str, *, may_be_empty: bool = False) -> list[int]:
         """Return the answer's ids and `<eos>`; a cut answer has no `<eos>`, so that its end is not taught.
 
         Raises:
             RowError: The answer is empty or too long, or holds a marker other than `<loc>` and `<seg>`.
         """
         if not text.strip():
+            if may_be_empty:
+                return [self.eos_id]
             raise RowError("the answer is empty")
         try:
             ids = [*self.tokenizer.encode_suffix(text, locations=True), self.eos_id]
@@ -80,7 +82,8 @@ class Encoder:
         Raises:
             RowError: What `prompt` and `answer` refuse.
         """
-        return Example(self.prompt(record), self.answer(record.answer if answer is None else answer))
+        text = record.answer if answer is None else answer
+        return Example(self.prompt(record), self.answer(text, may_be_empty=may_be_empty(record)))
 
     def check(self, record: Record) -> int:
         """Look at a record with the answers that are taught; return how many of them would be cut.
@@ -89,5 +92,10 @@ class Encoder:
             RowError: It cannot be trained on.
         """
         self.prompt(record)
-        suffixes = [self.answer(text) for text in set(self.taught(record))]
+        suffixes = [self.answer(text, may_be_empty=may_be_empty(record)) for text in set(self.taught(record))]
         return sum(ids[-1] != self.eos_id for ids in suffixes)
+
+
+def may_be_empty(record: Record) -> bool:
+    """Say whether nothing at all can be the right answer: what is looked for is not in the picture."""
+    return record.is_prompt and record.text.startswith(("detect ", "segment "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,8 @@ from .data.records import Dataset
 KEPT_BYTES = 256 << 20
 """Room for squashed pictures: all of easy-VQA; of 224-pixel ones the last 1,700."""
 
-Augment = Callable[[NDArray[np.uint8], np.random.Generator], NDArray[np.uint8]]
-"""Changes pictures [N, R, R, 3] in a way that keeps every answer true."""
+Augment = Callable[[NDArray[np.uint8], Sequence[str], np.random.Generator], NDArray[np.uint8]]
+"""Changes pictures [N, R, R, 3], whose names it is told, in a way that keeps every answer true."""
 
 
 def broken_picture(dataset: Dataset, row: int, error: Exception) -> str:

@@ -21,6 +21,7 @@ from .data.records import Dataset, Record, RowError
 from .data.sources import open_dataset
 from .demo import easy_vqa_data
 from .demo.balanced_order import BalancedOrder
+from .demo.mixed_order import SCENE_SHARE, MixedOrder
 from .encoding import Encoder
 from .order import EpochOrder, RowOrder, hold_out, some_rows, total_steps
 from .pictures import Augment
@@ -120,7 +121,7 @@ def make_plan(
         per_step=per_step,
         steps=total_steps(len(rows), config.epochs, per_step, config.max_steps),
         order=_order(dataset, rows, config, per_step, world),
-        augment=easy_vqa_data.move_shapes if config.augment == "move-shapes" else None,
+        augment=easy_vqa_data.move_easy_vqa if config.augment == "move-shapes" else None,
         data_digest=_digest(dataset, rows),
     )
 
@@ -205,18 +206,25 @@ def _evaluation(
 def _order(dataset: Dataset, rows: NDArray[np.int64], config: TrainConfig, per_step: int, world: int) -> RowOrder:
     if config.order == "epochs":
         return EpochOrder(rows, config.seed, per_step)
-    if not config.max_steps or world > 1 or not dataset.name.startswith("easy-vqa:"):
-        raise InputError("--order balanced needs easy-vqa:train, --max-steps and one process")
+    if not config.max_steps or world > 1 or not dataset.name.startswith(("easy-vqa:", "demo:")):
+        raise InputError("--order balanced needs demo:train or easy-vqa:train, --max-steps and one process")
     records = [dataset.record(int(row)) for row in rows]
-    return BalancedOrder(
-        rows,
-        records,
+    easy = np.array([record.picture.startswith("easy-vqa/") for record in records])
+    pictures, per_picture = per_step // config.questions_per_picture, config.questions_per_picture
+    scenes = 0 if easy.all() else round(pictures * SCENE_SHARE)
+    balanced = BalancedOrder(
+        rows[easy],
+        [record for record in records if record.picture.startswith("easy-vqa/")],
         seed=config.seed,
         steps=config.max_steps,
         natural_from=config.natural_from,
-        pictures=per_step // config.questions_per_picture,
-        per_picture=config.questions_per_picture,
+        pictures=pictures - scenes,
+        per_picture=per_picture,
     )
+    if not scenes:
+        return balanced
+    others = [record for record in records if not record.picture.startswith("easy-vqa/")]
+    return MixedOrder(balanced, rows[~easy], others, seed=config.seed, pictures=scenes, per_picture=per_picture)
 
 
 def _digest(dataset: Dataset, rows: NDArray[np.int64]) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pgfast.errors import InputError
 
+from .demo_scenes import DemoDataset
 from .easy_vqa import EasyVqaDataset
 from .hugging_face import open_hub, open_saved
 from .jsonl import JsonlDataset
@@ -23,7 +24,7 @@ def open_dataset(spec: str, *, images: Path | None = None, annotations: Path | N
     """Open training or evaluation data.
 
     Args:
-        spec: `easy-vqa:train` or `easy-vqa:test`; the official VQAv2 questions (`.json`); a `.jsonl` file; a folder with
+        spec: `easy-vqa:train` or `easy-vqa:test`; `demo:train`, easy-VQA and scenes; the official VQAv2 questions (`.json`); a `.jsonl` file; a folder with
             `annotations.jsonl` or `_annotations.*.jsonl`, or one that `datasets` saved; or `org/name:split` on the Hub.
         images: The folder of the pictures, where they are not beside the data.
         annotations: The VQAv2 annotations, where they are not beside the questions.
@@ -34,6 +35,8 @@ def open_dataset(spec: str, *, images: Path | None = None, annotations: Path | N
     """
     if annotations is not None and not spec.endswith(".json"):
         raise InputError(f"{spec} takes no annotations: only a VQAv2 questions file does")
+    if spec == DemoDataset.name and images is None:
+        return DemoDataset()
     if spec in _EASY_VQA:
         if images is not None:
             raise InputError(f"{spec} brings its own pictures: leave out the folder of images")

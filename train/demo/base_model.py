@@ -1,4 +1,4 @@
-"""The demo model's base: a tiny PaliGemma whose vision tower already tells shapes and colours, the rest random.
+"""The demo model's base: a tiny PaliGemma whose vision tower already tells shapes, colours and places, the rest random.
 
 It stands for the real base model, which starts from a pretrained SigLIP, and is made once per run.
 """
@@ -6,6 +6,7 @@ It stands for the real base model, which starts from a pretrained SigLIP, and is
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,20 @@ from pgfast.prompt import fill_template
 
 from .. import schedule
 from ..config import TrainConfig
+from ..data import demo_scenes
+from ..data.demo_scenes import DemoDataset
 from ..order import hold_out
 from ..setup import resolve_precision
 from . import easy_vqa_data, tiny_paligemma
-from .vision_pretraining import TowerClassifier, tower_loss
+from .scenes import Thing, make_scene
+from .vision_pretraining import DenseTower, dense_loss, patch_labels
 
 PRETRAIN = 6
 """First word of the seeds of these draws."""
+SCENES = 1_000_000
+"""First of the seeds of the scenes: a step has a set of its own."""
+EASY_SHARE = 0.25
+"""Of a step's pictures; the others are scenes."""
 
 
 def make_base(config: TrainConfig, folder: Path, on_progress: Callable[[str, int, int, str], None]) -> Path:
@@ -44,11 +52,10 @@ def make_base(config: TrainConfig, folder: Path, on_progress: Callable[[str, int
         return folder
     torch.manual_seed(config.seed)
     questions = easy_vqa_data.load("train")
-    words = [fill_template(config.prompt, language=config.language, text=""), *questions.texts, *questions.answers]
-    tokenizer = tiny_paligemma.build_tokenizer(words)
+    tokenizer = tiny_paligemma.build_tokenizer([fill_template(config.prompt, language=config.language, text=""), *_texts()])
     model = tiny_paligemma.build_model(tiny_paligemma.build_config(tokenizer))
     model.set_attn_implementation(config.attention)
-    tower = TowerClassifier(model.model.vision_tower)
+    tower = DenseTower(model.model.vision_tower)
     shape, color = easy_vqa_data.labels(questions)
     known = np.flatnonzero((shape >= 0) & (color >= 0) & ~_held_out(questions, config))
     half = resolve_precision(config.precision, torch.device("cpu")) == "bf16"
@@ -58,11 +65,16 @@ def make_base(config: TrainConfig, folder: Path, on_progress: Callable[[str, int
     optimizer = schedule.adam(named, lr=rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay)
     for step in range(steps):
         rng = np.random.default_rng([PRETRAIN, config.seed, step])
-        rows = rng.choice(known, size=config.tower_batch)
-        pictures = easy_vqa_data.move_shapes(questions.images[rows], rng)
+        rows = rng.choice(known, size=round(config.tower_batch * EASY_SHARE))
+        easy = easy_vqa_data.move_shapes(questions.images[rows], rng)
+        boxes = easy_vqa_data.bounding_boxes(easy).tolist()
+        single = [(Thing(int(shape[row]), int(color[row]), tuple(box)),) for row, box in zip(rows, boxes, strict=True)]
+        scenes = [make_scene(SCENES + config.seed + step, number) for number in range(config.tower_batch - len(rows))]
+        pictures = np.concatenate([easy, np.stack([scene.draw() for scene in scenes])])
+        labels = np.stack([patch_labels(things) for things in (*single, *(scene.things for scene in scenes))])
         pixels = torch.from_numpy(normalize(pictures, tiny_paligemma.IMAGE_SPEC))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = tower_loss(tower, pixels, shape[rows], color[rows])
+            loss = dense_loss(tower, pixels, labels)
         schedule.set_learning_rate(optimizer, rate * schedule.factor(step, steps, kind="linear", warmup=0))
         optimizer.zero_grad()
         loss.backward()
@@ -79,10 +91,19 @@ def make_base(config: TrainConfig, folder: Path, on_progress: Callable[[str, int
     return folder
 
 
+def _texts() -> list[str]:
+    """All words of the data."""
+    dataset = DemoDataset(1000)
+    records = map(dataset.record, range(len(dataset)))
+    return [re.sub(r"<loc\d+>", " ", f"{record.text} {record.answer}") for record in records]
+
+
 def _held_out(questions: easy_vqa_data.Questions, config: TrainConfig) -> NDArray[np.bool_]:
     """[I], the pictures that the run keeps for evaluation: the tower must not have seen them either."""
     number = {picture: i for i, picture in enumerate(dict.fromkeys(questions.image_index.tolist()))}
-    of_row = hold_out(np.array([number[picture] for picture in questions.image_index.tolist()]), config.holdout, config.seed)
+    pictures = np.arange(len(number) + demo_scenes.SCENES)  # the run's data go on with the scenes
+    of_picture = hold_out(pictures, config.holdout, config.seed)
+    of_row = of_picture[np.array([number[picture] for picture in questions.image_index.tolist()])]
     held = np.zeros(len(questions.images), dtype=bool)
     held[questions.image_index[of_row]] = True
     return held

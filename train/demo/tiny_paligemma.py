@@ -74,7 +74,7 @@ def build_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
             "num_attention_heads": 4,
             "num_key_value_heads": 1,
             "head_dim": 32,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
             "hidden_act": "gelu_pytorch_tanh",
             "num_image_tokens": num_image_tokens,
         },
