@@ -72,7 +72,7 @@ _TINY = {
     "eval_limit": 2000,
     "order": "balanced",
     "augment": "move-shapes",
-    "tower_steps": 600,
+    "tower_steps": 1500,
     "tower_batch": 64,
     "max_steps": 3200,
     "batch_size": 128,
