@@ -29,7 +29,7 @@ IMAGE_SPEC = ImageSpec(IMAGE_SIZE, [0.5] * 3, [0.5] * 3, 1 / 255, "bicubic")
 
 def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """Build a word-level tokenizer over the words of `texts`; a newline is a token, other white space is dropped."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.lower())} - {"\n"})
@@ -39,6 +39,7 @@ def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words with spaces between, but none before a comma
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (*SPECIAL_TOKENS, IMAGE_TOKEN)])
     # like the real checkpoints: known to the tokenizer, but not "special"
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (*LOCATION_TOKENS, *SEGMENT_TOKENS)])
