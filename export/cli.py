@@ -44,6 +44,12 @@ from pgfast.errors import MissingDependencyError
     type=click.Choice(["32", "64", "128"]),
     help="Weights that share a scale, with int8 and int4: larger is smaller and faster, and less exact [default: 32].",
 )
+@click.option(
+    "--mask-decoder",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Add the decoder of segment's masks from a .npz such as big_vision's vae-oid.npz; CHECKPOINT may be a bundle then.",
+)
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter of PEFT.")
 def export(
     checkpoint: str,
@@ -57,6 +63,7 @@ def export(
     verify_data: Path | None,
     compute_capability: tuple[str, ...],
     block_size: str | None,
+    mask_decoder: Path | None,
     adapter: Path | None,
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
@@ -76,9 +83,11 @@ def export(
         compute_capability,
         adapter,
         int(block_size) if block_size else None,
+        mask_decoder,
     )
     if layout == "transformers.js":
-        if verify or verify_data or answer_template or vision_precision or compute_capability or block_size or target != "cpu":
+        others = (verify, verify_data, answer_template, vision_precision, compute_capability, block_size, mask_decoder)
+        if any(others) or target != "cpu":
             raise click.UsageError("of all other options --layout transformers.js takes only --precision and --adapter")
         from .transformersjs import export_transformersjs
 

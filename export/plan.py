@@ -54,6 +54,8 @@ class ExportOptions:
     """Folder of a PEFT LoRA adapter to merge."""
     block_size: int | None = None
     """Weights of a quantized matrix that share a scale; None: 32. More is smaller and faster, and less exact."""
+    mask_decoder: Path | None = None
+    """big_vision's `vae-oid.npz`, or one like it: the decoder of `segment`'s masks."""
 
 
 @dataclass(frozen=True, slots=True)

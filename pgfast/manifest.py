@@ -269,7 +269,7 @@ def _check_files(m: Manifest) -> None:
 def check_interface(m: Manifest) -> None:
     """Compare the graphs' inputs and outputs, which every session is held to, with the dimensions."""
     d, image = m.dimensions, f"float32[B, 3, {m.image.size}, {m.image.size}]"
-    if set(m.graphs) - {"decoder_step"} != {"vision_encoder", "decoder"}:
+    if set(m.graphs) - {"decoder_step", "mask_decoder"} != {"vision_encoder", "decoder"}:
         raise BundleError(f"{MANIFEST}: graphs must be vision_encoder and decoder, and perhaps decoder_step")
     decoder = m.graphs["decoder"]
     cache = decoder.inputs.get("past_key_values.0.key", "")
@@ -299,6 +299,8 @@ def check_interface(m: Manifest) -> None:
                 outputs | {"next_index": "int32[B]"} | {f"present.{name}": shape for name in names},
             )
         )
+    if "mask_decoder" in m.graphs:
+        interfaces.append((m.graphs["mask_decoder"], {"codes": "int64[N, 16]"}, {"mask": "float32[N, 64, 64]"}))
     for graph, wanted_inputs, wanted_outputs in interfaces:
         for found, wanted in ((graph.inputs, wanted_inputs), (graph.outputs, wanted_outputs)):
             if found != wanted:
