@@ -44,7 +44,7 @@ demo-model: $(VENV)/.test
 demo-bundle: demo-model
 	rm -rf tests/demo_checkpoint pgfast/demo/bundle
 	cp -r $(DEMO_RUN)/checkpoint tests/demo_checkpoint
-	$(BIN)/pgfast export tests/demo_checkpoint pgfast/demo/bundle --verify
+	$(BIN)/pgfast export tests/demo_checkpoint pgfast/demo/bundle --languages en --verify
 
 # The seed preset from the demo model on a shifted task, as docs/training.md shows it (minutes)
 seed-example: $(VENV)/.test

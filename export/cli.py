@@ -44,6 +44,8 @@ from pgfast.errors import MissingDependencyError
     type=click.Choice(["32", "64", "128"]),
     help="Weights that share a scale, with int8 and int4: larger is smaller and faster, and less exact [default: 32].",
 )
+@click.option("--max-images", type=int, help="Pictures in front of one prompt [default: up to 8 on cpu, elsewhere 1].")
+@click.option("--languages", help="Codes that prompts may name, separated by commas [default: the model card's 35].")
 @click.option(
     "--mask-decoder",
     type=click.Path(path_type=Path),
@@ -63,13 +65,15 @@ def export(
     verify_data: Path | None,
     compute_capability: tuple[str, ...],
     block_size: str | None,
+    max_images: int | None,
+    languages: str | None,
     mask_decoder: Path | None,
     adapter: Path | None,
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
     try:
         from .build import export as write_bundle
-        from .plan import ExportOptions
+        from .plan import LANGUAGES, ExportOptions
         from .triton import export_triton
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnxscript", "export") from error
@@ -83,11 +87,13 @@ def export(
         compute_capability,
         adapter,
         int(block_size) if block_size else None,
+        max_images,
+        tuple(code.strip() for code in languages.split(",")) if languages else LANGUAGES,
         mask_decoder,
     )
     if layout == "transformers.js":
-        others = (verify, verify_data, answer_template, vision_precision, compute_capability, block_size, mask_decoder)
-        if any(others) or target != "cpu":
+        others = (verify, verify_data, answer_template, vision_precision, compute_capability, block_size, max_images, languages)
+        if any(others) or mask_decoder or target != "cpu":
             raise click.UsageError("of all other options --layout transformers.js takes only --precision and --adapter")
         from .transformersjs import export_transformersjs
 

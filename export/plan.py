@@ -24,14 +24,26 @@ from .tensors import Checkpoint
 
 PROMPTS = {
     "answer": DEFAULT_TEMPLATE,
+    "cap": "cap {language}",
     "caption": "caption {language}",
+    "describe": "describe {language}",
+    "ocr": "ocr",
+    "question": "question {language} {text}",
     "detect": "detect {text}",
     "segment": "segment {text}",
-    "ocr": "ocr",
 }
-"""The prefixes PaliGemma was pretrained with (big_vision, configs/proj/paligemma/README.md)."""
+"""The prefixes PaliGemma was pretrained with (ai.google.dev/gemma/docs/paligemma/prompt-system-instructions)."""
+# fmt: off
+LANGUAGES = (
+    "ar", "bn", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fil", "fr", "he", "hi", "hr", "hu", "id", "it",
+    "ja", "ko", "mi", "nl", "no", "pl", "pt", "ro", "ru", "sv", "sw", "te", "th", "tr", "uk", "vi", "zh",
+)
+# fmt: on
+"""The model card's 34 languages and English (big_vision, configs/proj/paligemma/transfers/coco35l.py)."""
 TEXT_TOKENS = 128
 """Most prompt tokens, and most new tokens: the text length of PaliGemma's pretraining."""
+IMAGES = 8
+"""Most pictures of a prompt on the CPU, where room that is not used costs no memory; elsewhere it is 1 unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,10 @@ class ExportOptions:
     """Folder of a PEFT LoRA adapter to merge."""
     block_size: int | None = None
     """Weights of a quantized matrix that share a scale; None: 32. More is smaller and faster, and less exact."""
+    max_images: int | None = None
+    """Pictures in front of one prompt; None: 8 on the CPU if the model has so many positions, elsewhere 1."""
+    languages: tuple[str, ...] = LANGUAGES
+    """Codes that prompts may name."""
     mask_decoder: Path | None = None
     """big_vision's `vae-oid.npz`, or one like it: the decoder of `segment`'s masks."""
 
@@ -156,12 +172,30 @@ def _manifest(
         image=read_image_spec(source.path, config.vision.image_size),
         tokens=TokenIds(config.bos_token_id, config.eos_token_id, config.pad_token_id, config.image_token_id),
         prompts=PROMPTS | {"answer": template},
-        limits=Limits(prompt_tokens=room, new_tokens=room),
+        languages=list(options.languages),
+        limits=Limits(
+            prompt_tokens=room, new_tokens=room, images=_max_images(options, p, text.max_position_embeddings - 2 * room)
+        ),
         graphs={},
         files={},
         source=Source(source.name, source.revision, options.adapter.resolve().name if options.adapter else None),
         exporter=f"pgfast {pgfast.__version__}",
     )
+
+
+def _max_images(options: ExportOptions, num_image_tokens: int, positions: int) -> int:
+    """Return how many pictures a prompt may have, so that they leave room for the text."""
+    most = max(1, positions // num_image_tokens)
+    wanted = options.max_images
+    if wanted is None:
+        return min(IMAGES, most) if options.target == "cpu" else 1
+    if not 1 <= wanted <= most:
+        raise ExportError(
+            f"--max-images {wanted}: the model's positions are enough for 1 to {most} pictures in front of a prompt"
+        )
+    if options.target == "tensorrt-rtx" and wanted > 1:
+        raise ExportError("--max-images: engines for tensorrt-rtx are built for one picture")
+    return wanted
 
 
 def bytes_of(value: ir.Value) -> int:

@@ -15,17 +15,18 @@ from typing import Self
 import numpy as np
 
 from pgfast.bundle import Bundle
-from pgfast.errors import InputError, PromptError
+from pgfast.errors import InputError
 from pgfast.image import MAX_PIXELS, ImageInput
 from pgfast.manifest import TOKENIZER, Manifest
 from pgfast.pending import Pending
 from pgfast.pictures import PictureEncoder
-from pgfast.prompt import Tokenizer, fill_template
+from pgfast.prompt import Tokenizer
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.model import Model
 from pgfast.runtime.providers import Target
 from pgfast.runtime.scheduler import Scheduler
 from pgfast.runtime.turns import STALL
+from pgfast.tasks import Tasks, task_prompt
 from pgfast.types import Answer, EncodedImage, GenerateOptions, LoadFigures, PreparedImage
 from pgfast.validation import check_options
 
@@ -35,7 +36,7 @@ ENCODED_AHEAD = 8
 """Pictures of `answer_batch` that are encoded before there is a place for their question."""
 
 
-class Engine:
+class Engine(Tasks):
     """A loaded bundle; make one with `pgfast.load`.
 
     Calls from any number of threads share one running batch: each joins it between two tokens of the others.
@@ -109,10 +110,11 @@ class Engine:
         """Answer a question about a picture.
 
         Args:
-            image: Path, bytes, `PIL.Image.Image`, uint8 array [H, W, 3], or an `EncodedImage`.
+            image: Path, bytes, `PIL.Image.Image`, uint8 array [H, W, 3], or an `EncodedImage`; a list of them asks about
+                several pictures at once, whose image tokens all come first.
             question: Plain text; the bundle's template is put around it.
             choices: Score exactly these answers and return the most probable one.
-            language: Code that the template names, for example `en`.
+            language: Code that the template names, for example `en`; one of the manifest's.
             options: How to decode.
 
         Raises:
@@ -266,11 +268,7 @@ class Engine:
         )
 
     def _answer_prompt(self, question: str | None, language: str) -> str:
-        if not isinstance(question, str) or not question.strip():
-            raise PromptError("the question is empty: ask something about the picture")
-        if not isinstance(language, str):
-            raise PromptError(f"language is a code such as 'en', not {language!r}")
-        return fill_template(self.manifest.prompts["answer"], text=question.strip(), language=language)
+        return task_prompt(self.manifest, "answer", question or "", language=language)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
         return self._tokenizer.encode_prompt(prompt, max_tokens=self.manifest.limits.prompt_tokens)

@@ -18,8 +18,8 @@ from pgfast.strict_json import parse, refuse_constant
 
 MANIFEST = "pgfast.json"
 TOKENIZER = "tokenizer.json"
-FORMAT_VERSION = 2
-"""2: int8 weights within 64; those of version 1 would saturate on x86 without VNNI."""
+FORMAT_VERSION = 3
+"""2: int8 weights within 64; those of version 1 would saturate on x86 without VNNI. 3: several pictures, languages, masks."""
 FAMILIES, PRECISIONS, TARGETS = (
     ("paligemma", "paligemma2"),
     ("fp32", "fp16", "bf16", "int8", "int4"),
@@ -79,6 +79,8 @@ class Limits:
     prompt_tokens: int
     """`<bos>`, text and newline."""
     new_tokens: int
+    images: int
+    """Pictures in front of one prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,17 @@ class Source:
     revision: str | None
     adapter: str | None = None
     """LoRA adapter that was merged into it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `pgfast eval --calibrate` found out about the confidence of answers."""
+
+    temperature: float
+    ece_before: float
+    """Expected calibration error of the plain confidence, on questions that the temperature was not fitted to."""
+    ece_after: float
+    questions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +157,8 @@ class Manifest:
     tokens: TokenIds
     prompts: dict[str, str]
     """Templates by task; `{text}` and `{language}` are filled in."""
+    languages: list[str]
+    """Codes that the model was trained with."""
     limits: Limits
     graphs: dict[str, GraphSpec]
     files: dict[str, FileEntry]
@@ -152,12 +167,14 @@ class Manifest:
     """Name and version of the program that wrote the bundle."""
     parity: dict[str, Any] | None = None
     """Report of `pgfast export --verify`."""
+    calibration: Calibration | None = None
     engines: list[EngineEntry] = dataclasses.field(default_factory=list)
 
     @property
     def cache_length(self) -> int:
         """T: key/value slots that the longest answer needs."""
-        return self.dimensions.num_image_tokens + self.limits.prompt_tokens + self.limits.new_tokens
+        limits = self.limits
+        return limits.images * self.dimensions.num_image_tokens + limits.prompt_tokens + limits.new_tokens
 
     def to_json(self) -> str:
         """Return the file's text."""
@@ -229,13 +246,9 @@ def check_values(m: Manifest) -> None:
         for field in dataclasses.fields(part):
             if not 0 < getattr(part, field.name) < (1000 if field.name == "num_hidden_layers" else 2**24):
                 raise BundleError(f"{MANIFEST}: {field.name} is {getattr(part, field.name)}")
-    numbers = [m.image.rescale_factor, *m.image.std]
-    if (
-        not 0 < m.image.size <= 4096
-        or (len(m.image.mean), len(m.image.std)) != (3, 3)
-        or not all(1e-6 < number < 1e6 for number in numbers)
-        or not all(abs(number) < 1e6 for number in m.image.mean)
-    ):
+    shape = (0 < m.image.size <= 4096, len(m.image.mean), len(m.image.std))
+    numbers = all(1e-6 < number < 1e6 for number in (m.image.rescale_factor, *m.image.std))
+    if shape != (True, 3, 3) or not numbers or not all(abs(number) < 1e6 for number in m.image.mean):
         raise BundleError(f"{MANIFEST}: the image section makes no sense")
     if any(not 0 <= id < m.dimensions.vocab_size for id in (m.tokens.bos, m.tokens.eos, m.tokens.pad)):
         raise BundleError(f"{MANIFEST}: a token id is outside the vocabulary")
@@ -243,6 +256,10 @@ def check_values(m: Manifest) -> None:
         raise BundleError(f"{MANIFEST}: the limits exceed the model's {m.dimensions.max_position_embeddings} positions")
     if "{text}" not in m.prompts.get("answer", ""):
         raise BundleError(f"{MANIFEST}: prompts has no template for 'answer' with {{text}} in it")
+    if not m.languages or not all(re.fullmatch(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*", code) for code in m.languages):
+        raise BundleError(f"{MANIFEST}: languages is a list of codes such as 'en'")
+    if m.calibration is not None and not 0.01 <= m.calibration.temperature <= 100:
+        raise BundleError(f"{MANIFEST}: the calibration's temperature is {m.calibration.temperature}")
     if any(not isinstance(value, str | int | float | None) for value in (m.parity or {}).values()):
         raise BundleError(f"{MANIFEST}: parity is a flat list of figures")
     check_interface(m)
@@ -270,7 +287,7 @@ def check_interface(m: Manifest) -> None:
     """Compare the graphs' inputs and outputs, which every session is held to, with the dimensions."""
     d, image = m.dimensions, f"float32[B, 3, {m.image.size}, {m.image.size}]"
     if set(m.graphs) - {"decoder_step", "mask_decoder"} != {"vision_encoder", "decoder"}:
-        raise BundleError(f"{MANIFEST}: graphs must be vision_encoder and decoder, and perhaps decoder_step")
+        raise BundleError(f"{MANIFEST}: graphs must be vision_encoder and decoder, and perhaps decoder_step and mask_decoder")
     decoder = m.graphs["decoder"]
     cache = decoder.inputs.get("past_key_values.0.key", "")
     dtype, slots = cache.split("[")[0], m.cache_length if m.dialect == "standard" else "T"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -57,10 +58,11 @@ class PictureEncoder:
     def encode(
         self, images: Sequence[ImageInput | EncodedImage], recent: dict[int, EncodedImage] | None = None
     ) -> tuple[list[EncodedImage], tuple[float, float]]:
-        """Encode pictures in one run; also returns the seconds of preprocessing and of the vision encoder.
+        """Encode pictures in few runs; also returns the seconds of preprocessing and of the vision encoder.
 
         Args:
-            images: What callers gave; an `EncodedImage` is checked and stays what it is.
+            images: What callers gave, each for a prompt; a list holds several pictures for one prompt. An `EncodedImage` is
+                checked and stays what it is.
             recent: Those of before by `id`, not to be encoded again; brought up to date, `RECENT` at most.
 
         Raises:
@@ -69,24 +71,48 @@ class PictureEncoder:
         start = time.perf_counter()
         recent = {} if recent is None else recent
         known = {id(image): recent.get(id(image), image) for image in images}
-        found = {key: image for key, image in known.items() if isinstance(image, EncodedImage) and self._own(image)}
-        opened = {key: self.prepare(image) for key, image in known.items() if not isinstance(image, EncodedImage)}
+        parts = {key: self._parts(image) for key, image in known.items()}
+        new = [part for group in parts.values() for part in group if isinstance(part, PreparedImage)]
         preprocess = vision = 0.0
-        if opened:
-            pixels = normalize(np.stack([picture.pixels for picture in opened.values()]), self._manifest.image)  # [B, 3, R, R]
+        encoded_new: Iterator[EncodedImage] = iter(())
+        if new:
+            pixels = normalize(np.stack([picture.pixels for picture in new]), self._manifest.image)  # [B, 3, R, R]
             prepared = time.perf_counter()
-            features = self._model.encode(pixels)  # [B, P, D]
+            encoded_new = iter(self._run(new, pixels))
             preprocess, vision = prepared - start, time.perf_counter() - prepared
-            for i, (key, picture) in enumerate(opened.items()):
-                # one picture may still be on the device, an array to all who look: it has a shape, and numpy reads it
-                own = cast("NDArray[Any]", features) if len(opened) == 1 else np.asarray(features)[i : i + 1]
-                found[key] = EncodedImage(own, picture.width, picture.height, self._bundle_id)
+        found = {
+            key: _joined([next(encoded_new) if isinstance(part, PreparedImage) else part for part in group])
+            for key, group in parts.items()
+        }
         for key, encoded in found.items():  # to the end of the line
             recent.pop(key, None)
             recent[key] = encoded
         for key in list(recent)[:-RECENT]:
             del recent[key]
         return [found[id(image)] for image in images], (preprocess, vision)
+
+    def _parts(self, image: ImageInput | EncodedImage) -> list[PreparedImage | EncodedImage]:
+        """Return the pictures of one prompt, opened, and those that are encoded already."""
+        given = list(image) if isinstance(image, list | tuple) else [image]
+        parts = [part if isinstance(part, EncodedImage) else None for part in given]
+        size, most = self._manifest.dimensions.num_image_tokens, self._manifest.limits.images
+        count = sum(part.image_features.shape[1] // size if part is not None and self._own(part) else 1 for part in parts)
+        if not 1 <= count <= most:
+            raise InputError(f"{count} pictures for one prompt: this bundle takes 1 to {most} (pgfast export --max-images)")
+        return [self.prepare(picture) if part is None else part for picture, part in zip(given, parts, strict=True)]
+
+    def _run(self, pictures: Sequence[PreparedImage], pixels: NDArray[np.float32]) -> list[EncodedImage]:
+        """Encode pictures, as many at a time as may share a run; pixels [B, 3, R, R]."""
+        most = self._model.together
+        # one picture may still be on the device, an array to all who look: it has a shape, and numpy reads it
+        runs = [self._model.encode(pixels[first : first + most]) for first in range(0, len(pixels), most)]
+        features = (
+            [runs[0]] if len(pictures) == 1 else [np.asarray(run)[i : i + 1] for run in runs for i in range(run.shape[0])]
+        )
+        return [
+            EncodedImage(cast("NDArray[Any]", own), picture.width, picture.height, self._bundle_id)
+            for own, picture in zip(features, pictures, strict=True)
+        ]
 
     def _own(self, image: EncodedImage) -> bool:
         if image.bundle_id != self._bundle_id:
@@ -95,6 +121,15 @@ class PictureEncoder:
         features: Any = image.image_features
         # all that could make the run fail, for others share it
         numbers = isinstance(features, DeviceFeatures) or (isinstance(features, np.ndarray) and features.dtype.kind == "f")
-        if not numbers or features.shape != (1, d.num_image_tokens, d.hidden_size):
-            raise InputError(f"image_features must be [1, {d.num_image_tokens}, {d.hidden_size}]: encode the picture again")
+        size, most = d.num_image_tokens, self._manifest.limits.images
+        if not numbers or features.shape not in [(1, count * size, d.hidden_size) for count in range(1, most + 1)]:
+            raise InputError(f"image_features must be [1, {size}, {d.hidden_size}]: encode the picture again")
         return True
+
+
+def _joined(parts: list[EncodedImage]) -> EncodedImage:
+    """Make the pictures of a prompt one: their image tokens follow each other, as in transformers' processor."""
+    if len(parts) == 1:
+        return parts[0]
+    features = np.concatenate([np.asarray(part.image_features) for part in parts], axis=1)  # [1, n * P, D]
+    return dataclasses.replace(parts[0], image_features=features)

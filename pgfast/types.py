@@ -95,12 +95,12 @@ class LoadFigures:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedImage:
-    """A picture after the vision encoder, to be asked several questions."""
+    """A picture, or several for one prompt, after the vision encoder, to be asked several questions."""
 
     image_features: NDArray[np.generic]
-    """[1, P, D] in the bundle's compute type."""
+    """[1, n * P, D] of n pictures, in the bundle's compute type."""
     width: int
-    """Pixels of the picture as it was given."""
+    """Pixels of the (first) picture as it was given."""
     height: int
     bundle_id: str
     """Hash of the vision encoder that made it: another bundle refuses it."""

@@ -93,7 +93,7 @@ def test_weights_outside_the_folder_are_not_read(copy: Path, tmp_path: Path) -> 
 
 
 def test_a_newer_format_says_upgrade(copy: Path) -> None:
-    edit(copy, lambda raw: raw.update(format_version=3, something="new"))
+    edit(copy, lambda raw: raw.update(format_version=4, something="new"))
     with pytest.raises(BundleError, match="upgrade pgfast"):
         pgfast.load(copy)
 

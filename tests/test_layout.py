@@ -16,7 +16,22 @@ from pgfast.errors import MissingDependencyError, PgfastError
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = [path for folder in ("pgfast", "export", "train", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
-COMMANDS = ("answer", "generate", "inspect", "doctor", "serve", "export", "engines", "train", "eval", "bench", "batch")
+COMMANDS = (
+    "answer",
+    "generate",
+    "inspect",
+    "doctor",
+    "serve",
+    "export",
+    "engines",
+    "train",
+    "eval",
+    "bench",
+    "batch",
+    "caption",
+    "ocr",
+    "question",
+)
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
 

@@ -95,6 +95,7 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     return np.random.default_rng(seed).random((height, width)) < density
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools.decode
 @given(mask=st.composite(arrays)())
 def test_run_lengths_are_those_of_pycocotools(mask: np.ndarray) -> None:
     counts, rle = run_lengths(mask), to_rle(mask)
@@ -109,12 +110,11 @@ def test_run_lengths_are_those_of_pycocotools(mask: np.ndarray) -> None:
         np.testing.assert_array_equal(coco.decode(rle), mask)
 
 
-@given(counts=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=30))
+@given(counts=st.lists(st.integers(0, 2**24), min_size=1, max_size=30))
 def test_any_counts_are_compressed_as_pycocotools_does(counts: list[int]) -> None:
     height = sum(counts)
-    theirs = coco.frPyObjects({"counts": counts, "size": [height, 1]}, height, 1) if height < 2**31 else None
-    if theirs is not None:
-        assert compressed(counts) == theirs["counts"].decode()
+    theirs = coco.frPyObjects({"counts": counts, "size": [height, 1]}, height, 1)
+    assert compressed(counts) == theirs["counts"].decode()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,9 @@ from pgfast.errors import PgfastError
 BUILT_IN = {
     "answer": "pgfast.cli.ask:answer",
     "generate": "pgfast.cli.ask:generate",
+    "caption": "pgfast.cli.tasks:caption",
+    "ocr": "pgfast.cli.tasks:ocr",
+    "question": "pgfast.cli.tasks:question",
     "batch": "pgfast.batch.cli:batch",
     "inspect": "pgfast.cli.inspection:inspect",
     "doctor": "pgfast.cli.doctor:doctor",

@@ -51,7 +51,7 @@ def _summary(m: Manifest, checked: bool, batch: int) -> str:
         "picture": f"{m.image.size} x {m.image.size}, {m.image.resampling}, {d.num_image_tokens} tokens",
         "decoder": f"{d.num_hidden_layers} layers of {d.hidden_size}, {d.num_attention_heads} heads over "
         f"{d.num_key_value_heads} of {d.head_dim}, vocabulary {d.vocab_size}",
-        "limits": f"{m.limits.prompt_tokens} prompt tokens, {m.limits.new_tokens} new tokens",
+        "limits": f"{m.limits.prompt_tokens} prompt tokens, {m.limits.new_tokens} new tokens, {m.limits.images} pictures",
         "memory": "weights {weights:,} bytes, each row {per_row:,}; at batch {batch} {total:,}".format(
             batch=batch, **memory(m, batch)
         ),

@@ -63,7 +63,7 @@ class CudaDecoder(Decoder):
         self._logits_on_host: NDArray[np.float32] | None = None
 
     def prompt(self, image_features: Features, prompts: list[list[int]], first: int = 0) -> Chosen:
-        """As `Decoder.prompt`; one prompt in slot 0 is replayed, any other is run.
+        """As `Decoder.prompt`; one prompt in slot 0 with one picture is replayed, any other is run.
 
         Args:
             image_features: [B, P, D].
@@ -77,9 +77,10 @@ class CudaDecoder(Decoder):
             self._allocate()
             inputs = self._prompt_inputs(prompts, image_features.shape[1], padded=True)
             width = inputs["input_ids"].shape[1]
-            bound = self._captured_prompts.get(width) if (count, first) == (1, 0) else None
+            alone = (count, first, image_features.shape[1]) == (1, 0, self._manifest.dimensions.num_image_tokens)
+            bound = self._captured_prompts.get(width) if alone else None
             if bound is None:
-                bound = self._bind_prompt(inputs, image_features.shape, first)
+                bound = self._bind_prompt(inputs, image_features.shape, first, keep=alone)
             for name, value in inputs.items():
                 bound.inputs[name].update_inplace(value)
             if isinstance(image_features, DeviceFeatures):
@@ -172,7 +173,9 @@ class CudaDecoder(Decoder):
         self._index = SlotBuffer(self._target, (self.slots,), np.int32)  # cache slot of each row's newest position
         self._caches = caches
 
-    def _bind_prompt(self, inputs: dict[str, NDArray[Any]], features_shape: tuple[int, ...], first: int) -> _Bound:
+    def _bind_prompt(
+        self, inputs: dict[str, NDArray[Any]], features_shape: tuple[int, ...], first: int, *, keep: bool
+    ) -> _Bound:
         """Bind a prompt's inputs and the slots it fills; kept, to be captured, where that is worth it."""
         count, width = inputs["input_ids"].shape
         binding = self._prompt_session.io_binding()
@@ -184,7 +187,7 @@ class CudaDecoder(Decoder):
             buffer.bind_output(binding, name, 0, buffer.shape(count))
         self._bind_logits(binding, count)
         self._bind_cache(binding, first, count)
-        if (count, first) != (1, 0):
+        if not keep:
             return _Bound(binding, NO_GRAPH, values)
         self._captured_prompts[width] = _Bound(binding, self.runner.new_id(), values)
         return self._captured_prompts[width]

@@ -65,7 +65,7 @@ class Decoder:
         self._lengths = np.zeros(slots, dtype=np.int64)  # valid positions of each slot; 0: free
         self._caches: dict[str, SlotBuffer] = {}
         self._outputs: dict[str, SlotBuffer] = {}
-        self._prompts: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+        self._prompts: dict[tuple[int, int, int, int], tuple[Any, Any]] = {}
         self._steps: dict[int, _StepRun] = {}
 
     def prompt(self, image_features: Features, prompts: list[list[int]], first: int = 0) -> Chosen:
@@ -83,7 +83,8 @@ class Decoder:
         inputs: dict[str, NDArray[Any]] = self._prompt_inputs(prompts, num_image_tokens, padded=self._target.static_shapes)
         inputs["image_features"] = np.ascontiguousarray(image_features, self._features_type)
         # bound once per place: with a hundred tensors that takes longer than a small model's run
-        place = (first, batch, inputs["input_ids"].shape[1] if self._target.static_shapes else 0)
+        fixed = (num_image_tokens, inputs["input_ids"].shape[1]) if self._target.static_shapes else (0, 0)
+        place = (first, batch, *fixed)
         if place not in self._prompts:
             self._prompts[place] = self._bind({name: value.shape for name, value in inputs.items()}, first, batch)
         session, binding = self._prompts[place]

@@ -192,6 +192,7 @@ class Scheduler:
         quick = int(self._stall / self._prompt_seconds)
         with self._lock:
             together = list(islice(self._waiting, min(room, self._together)))
+            together = list(takewhile(lambda ticket: ticket.image_tokens == together[0].image_tokens, together))
             patient = sum(1 for _ in takewhile(lambda ticket: ticket.patient, together))
             count = min(len(together), max(patient, quick, 1))
             newcomers = {first + i: self._waiting.popleft() for i in range(count)}

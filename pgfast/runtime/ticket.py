@@ -46,7 +46,8 @@ class Ticket:
         self.error: BaseException | None = None
         self.cancelled = self.finished = False
         self.slot = -1
-        self.prompt_length = image_features.shape[1] + len(prompt)
+        self.image_tokens = image_features.shape[1]
+        self.prompt_length = self.image_tokens + len(prompt)
         self._scheduler = scheduler
         # a put for each token when streaming, and one at the end
         self.news: queue.SimpleQueue[None] = queue.SimpleQueue()
