@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from conftest import DEMO_CHECKPOINT
 from mask_weights import CONVOLUTIONS, UPSAMPLINGS, random_weights, save_weights
+from pgfast.export import tensorrt_engines
 from pgfast.export.build import export
 from pgfast.export.cli import export as export_command
 from pgfast.export.mask_decoder import read_weights
@@ -282,3 +283,19 @@ def test_a_tensor_that_comes_twice_is_refused(npz: Path, tmp_path: Path) -> None
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("decoder.4.bias", b"")  # without the suffix: another member, the same tensor
     refused(path, WeightMismatchError, r"holds decoder\.4\.bias a second time")
+
+
+def test_no_engine_is_built_of_it(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    export(str(DEMO_CHECKPOINT), out, ExportOptions(target="tensorrt", mask_decoder=npz))
+    asked = []
+
+    def build(manifest: Manifest, folder: Path, graph: str, capability: str, to: Path) -> None:
+        asked.append(graph)
+        if len(asked) == 2:
+            raise ExportError("enough")
+
+    monkeypatch.setattr(tensorrt_engines, "build_engine", build)
+    with pytest.raises(ExportError, match="enough"):
+        tensorrt_engines.refresh_engines(out, ["8.9"])
+    assert asked == ["decoder", "vision_encoder"]
