@@ -1,4 +1,4 @@
-"""Masks: 16 codes through the mask decoder, resized into their box; and their run lengths as COCO writes them."""
+"""Masks: 16 codes through the mask decoder, resized into their box, painted; and their run lengths as COCO writes them."""
 
 from __future__ import annotations
 
@@ -89,6 +89,12 @@ def place(mask: NDArray[np.float32], box: tuple[float, float, float, float], wid
     resized = Image.fromarray(mask).resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=part)
     placed[top:bottom, left:right] = np.asarray(resized) > 0
     return placed
+
+
+def paint(picture: NDArray[np.uint8], mask: Mask, color: tuple[int, int, int]) -> None:
+    """Lay a half-transparent colour over the mask, in place: uint8 [H, W, 3], [H, W]."""
+    under = picture[mask].astype(np.uint16)
+    picture[mask] = ((under + np.array(color, np.uint16) + 1) // 2).astype(np.uint8)
 
 
 def run_lengths(mask: Mask) -> list[int]:

@@ -18,7 +18,7 @@ from pycocotools import mask as coco
 from pgfast.bundle import Bundle
 from pgfast.errors import BundleError
 from pgfast.loading import demo_bundle
-from pgfast.masks import MaskDecoder, compressed, place, run_lengths, to_rle
+from pgfast.masks import MaskDecoder, compressed, paint, place, run_lengths, to_rle
 
 RANDOM = np.random.default_rng(3).normal(size=(64, 64)).astype(np.float32)
 
@@ -87,6 +87,15 @@ def test_a_box_far_beyond_the_picture_costs_no_more_than_the_picture() -> None:
     half[:, 32:] = -1
     placed = place(half, (-(10**5), -(10**5), 10**5 + 10, 10**5 + 10), 10, 10)
     np.testing.assert_array_equal(placed, np.tile(np.arange(10) < 5, (10, 1)))
+
+
+def test_painting_mixes_half_and_half_where_the_mask_is() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
+    mask, before = np.random.default_rng(1).random((7, 9)) < 0.5, picture.copy()
+    paint(picture, mask, (255, 0, 99))
+    np.testing.assert_array_equal(picture[~mask], before[~mask])
+    wanted = (before[mask].astype(float) + [255, 0, 99]) / 2
+    assert np.abs(picture[mask] - wanted).max() <= 0.5
 
 
 def arrays(draw: st.DrawFn) -> np.ndarray:
