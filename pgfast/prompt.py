@@ -177,6 +177,10 @@ class Tokenizer:
         found = _BYTE.fullmatch(self._tokenizer.id_to_token(id) or "")
         return bytes.fromhex(found[1]) if found else None
 
+    def location(self, id: int) -> str | None:
+        """Return the token of a box or a mask, such as `<loc0512>`; None: it is another token."""
+        return str(self._tokenizer.id_to_token(id)) if id in self._location_ids else None
+
     def decode_with_markers(self, ids: Sequence[int]) -> str:
         """Return the text of ids with `<bos>`, `<eos>` and all other markers, to look at."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

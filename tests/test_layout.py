@@ -31,6 +31,7 @@ COMMANDS = (
     "caption",
     "ocr",
     "question",
+    "detect",
 )
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
