@@ -6,6 +6,7 @@ import colorsys
 import contextlib
 import math
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,11 +80,11 @@ def save_picture(picture: PILImage, path: str | os.PathLike[str]) -> None:
         InputError: The ending is unknown, or the file cannot be written.
     """
     kind, path = output_format(path), Path(path)
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    partial = path.with_name(f".pgfast-{secrets.token_hex(8)}.partial")
     options: dict[str, Any] = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
     try:
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "xb") as file:
                 picture.save(file, kind, **options)
                 file.flush()
                 os.fsync(file.fileno())
@@ -97,7 +98,7 @@ def save_picture(picture: PILImage, path: str | os.PathLike[str]) -> None:
 
 
 def _color(hue: float) -> Color:
-    red, green, blue = colorsys.hls_to_rgb(hue, 0.66, 1.0)
+    red, green, blue = colorsys.hls_to_rgb(hue, 0.72, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -111,9 +112,17 @@ def _pixels(box: tuple[float, float, float, float], width: int, height: int) -> 
 def _draw_box(draw: ImageDraw, box: Rectangle, color: Color, line: int) -> None:
     left, top, right, bottom = box
     edge = max(1, line // 3)
-    for inset, size, paint in ((0, edge, INK), (edge, line, color), (edge + line, edge, INK)):
-        if right - left > 2 * inset and bottom - top > 2 * inset:
-            draw.rectangle((left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=paint, width=size)
+    for size, paint in ((edge, INK), (line, color), (edge, INK)):  # from outside to inside
+        for part in (
+            (left, top, right, min(top + size, bottom)),
+            (left, max(bottom - size, top), right, bottom),
+            (left, top, min(left + size, right), bottom),
+            (max(right - size, left), top, right, bottom),
+        ):
+            # not Pillow's own outlines: they leave boxes that are thinner than the line
+            if part[0] < part[2] and part[1] < part[3]:
+                draw.rectangle((part[0], part[1], part[2] - 1, part[3] - 1), fill=paint)
+        left, top, right, bottom = left + size, top + size, right - size, bottom - size
 
 
 def _draw_label(draw: ImageDraw, box: Rectangle, label: str, color: Color, font: Any, size: tuple[int, int]) -> None:

@@ -44,8 +44,8 @@ class Located:
     """y0, x0, y1, x1 with y0 < y1 and x0 < x1, each below `BINS`."""
     codes: tuple[int, ...]
     """16 codes of the mask, each below `CODES`; empty without a (usable) mask."""
-    score: float
-    """Product of the probabilities of the four location tokens and of the label's tokens; nan if only the text is known.
+    score: float | None
+    """Product of the probabilities of the four location tokens and of the label's tokens; None if only the text is known.
 
     Each is under the full softmax, given all that stands before it: the probability that the model writes this box with this
     label at this place. Separator and mask codes do not count. A label that only the caller knows counts as 1.
@@ -62,7 +62,7 @@ class Objects:
 
 
 def parse(text: str, *, default_label: str = "") -> Objects:
-    """Read a text in which every marker counts as one token; scores are nan.
+    """Read a text; without probabilities nothing has a score.
 
     Args:
         text: What the model wrote.
@@ -181,8 +181,8 @@ class _Reader:
         return Objects(tuple(self._objects), tuple(self._problems))
 
     def _finish(self, label: str, logprob: float) -> None:
-        """The object is complete; `logprob` is its label's."""
-        bins, codes, score = self._bins, tuple(self._codes), math.exp(self._logprob + logprob)
+        """The object is complete; `logprob` is its label's (all nan for a text alone)."""
+        bins, codes, logprob = self._bins, tuple(self._codes), self._logprob + logprob
         self._bins, self._codes, self._logprob = [], [], 0.0
         self._number += 1
         what = f"object {self._number}" + (f" ({_quoted(label)})" if label else "")
@@ -205,7 +205,7 @@ class _Reader:
         if not label and not self._default:
             self._problems.append(f"{what} has no label")
         box = (min(y0, y1), min(x0, x1), max(y0, y1), max(x0, x1))
-        self._objects.append(Located(label or self._default, box, codes, score))
+        self._objects.append(Located(label or self._default, box, codes, None if math.isnan(logprob) else math.exp(logprob)))
 
 
 def _quoted(text: str) -> str:

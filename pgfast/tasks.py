@@ -97,7 +97,7 @@ class Tasks:
             InputError: The picture, a label or an option cannot be used.
         """
         answer, objects, width, height = self._locate(image, "detect", labels, options)
-        found = (Detection(o.label, box_in_pixels(o.bins, width, height), o.score) for o in objects.objects)
+        found = (Detection(o.label, box_in_pixels(o.bins, width, height), o.score or 0.0) for o in objects.objects)
         return Detections(found, answer=answer, width=width, height=height, problems=objects.problems)
 
     def _locate(
