@@ -9,17 +9,17 @@ T is fitted by `pgfast eval --calibrate`. T = 1 changes nothing, T > 1 pulls tow
 from __future__ import annotations
 
 import math
-import sys
 
 UNSURE = "unsure"
 """The text of an answer below `GenerateOptions.min_confidence`."""
-LEAST_DOUBT = 2.0**-23
-"""Log-probabilities come as float32, which tells nothing closer to certainty from it: log-odds end at 15.94."""
+NEAREST = 2.0**-23
+"""What is closer to 0 or 1 counts as this close, so log-odds end at 15.94: float32, in which log-probabilities come, tells
+nothing closer to 1 from it, and a single long answer with 1e-30 should not decide about T."""
 
 
 def log_odds(confidence: float) -> float:
     """Return z(c), finite for 0 and 1 too."""
-    return math.log(max(confidence, sys.float_info.min)) - math.log(max(1 - confidence, LEAST_DOUBT))
+    return math.log(max(confidence, NEAREST)) - math.log(max(1 - confidence, NEAREST))
 
 
 def calibrate(confidence: float, temperature: float) -> float:

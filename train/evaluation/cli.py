@@ -137,6 +137,8 @@ def _calibrate(folder: Path, evaluation: Evaluation) -> Evaluation:
     calibration, found = fit(evaluation.outcomes())
     store(folder, evaluation.model["digest"], calibration)
     print(f"pgfast: the temperature {calibration.temperature:.4g} is in {folder / MANIFEST}", file=sys.stderr)
+    if calibration.ece_after >= calibration.ece_before:
+        print("pgfast: on the other half it makes the calibration error no smaller: there was little to mend", file=sys.stderr)
     return dataclasses.replace(evaluation, confidence=found)
 
 
@@ -210,7 +212,7 @@ def _confidence(found: dict[str, Any]) -> list[str]:
     for what, part in parts:
         lines += [
             "",
-            f"expected calibration error{what} {100 * part['ece']:.2f} ({about})",
+            f"expected calibration error{what}: {100 * part['ece']:.2f} ({about})",
             "confidence     mean  accuracy  answers",
         ]
         for b in part["bins"]:
