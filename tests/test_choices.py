@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Shape, make_bundle, make_checkpoint, random_pixels
+from memory_dataset import Memory, one
 from pgfast.export.verify import TransformersReference
+from pgfast.train.evaluation.answering import answer_with_bundle, answer_with_checkpoint
+from pgfast.train.evaluation.transformers_model import load_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import pgfast
@@ -31,7 +34,7 @@ class Reference:
     """Full log-probabilities of a continuation in one run, from the last hidden states."""
 
     def __init__(self, checkpoint: Path, cap: float | None) -> None:
-        self.model, self.cap = TransformersReference(checkpoint)._model, cap
+        self.model, self.cap, self.checkpoint = TransformersReference(checkpoint)._model, cap, checkpoint
 
     def logprobs(self, pixels: np.ndarray, prompt: list[int], suffix: tuple[int, ...], *, capped: bool = True) -> np.ndarray:
         """float64 [len(suffix)]."""
@@ -125,6 +128,18 @@ def test_token_logprobs_are_those_of_the_full_softmax(
     if reference.cap is not None and options.temperature:
         uncapped = reference.logprobs(pixels, prompt, answer.token_ids, capped=False)
         assert np.abs(uncapped - wanted).max() > 0.1
+
+
+def test_the_evaluation_of_a_checkpoint_has_the_same_confidences(pair: tuple[Engine, Reference], image: np.ndarray) -> None:
+    """Whether this version of transformers caps the logits or not."""
+    engine, reference = pair
+    data = Memory([one(i, "x", text) for i, text in enumerate((QUESTION, "red", "is there a circle?"))], {"x": image})
+    model = load_checkpoint(str(reference.checkpoint), device="cpu")
+    assert getattr(model.model.config.get_text_config(), "final_logit_softcapping", None) is None
+    ours, theirs = answer_with_bundle(engine, data).predictions, answer_with_checkpoint(model, data).predictions
+    for row, found in theirs.items():
+        assert found.text == ours[row].text
+        assert found.confidence == pytest.approx(ours[row].confidence, rel=2e-2)
 
 
 def test_choices_too_long_for_a_probability_still_have_shares(pair: tuple[Engine, Reference], image: np.ndarray) -> None:
