@@ -141,6 +141,21 @@ def test_a_file_of_questions(engine: Engine) -> None:
             assert 0 < record["calibrated"] < record["confidence"]
 
 
+def test_a_run_is_not_continued_under_another_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, rows, out = tmp_path / "bundle", tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    shutil.copytree(demo_bundle(), bundle)
+    manifest = Bundle.open(bundle).manifest
+    store(bundle, manifest.digest(), Calibration(3.5, 0.1, 0.05, 200))
+    rows.write_text(json.dumps({"image": str(PICTURE), "question": QUESTION}) + "\n")
+    command = ["batch", str(rows), str(out), "-m", str(bundle), "--min-confidence", "1"]
+    assert run(capsys, *command)[0] == 0
+    assert json.loads(out.read_text())["unsure_of"] == "blue"
+    store(bundle, manifest.digest(), Calibration(2.0, 0.1, 0.05, 200))
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert "bundle temperature was 3.5 and is 2.0" in err
+
+
 def test_over_the_wire(engine: Engine) -> None:
     passes, fails = between(engine.answer(PICTURE, QUESTION))
     with serving(engine) as server:
