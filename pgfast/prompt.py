@@ -152,7 +152,8 @@ class Tokenizer:
             raise InputError("choices is empty: give at least one answer")
         seen = dict[tuple[int, ...], str]()
         for choice in choices:
-            ids = (*self.encode_suffix(choice, max_tokens=max_tokens), eos_id)
+            # as an answer, which has no blanks around it
+            ids = (*self.encode_suffix(choice.strip(), max_tokens=max_tokens), eos_id)
             if len(ids) > max_tokens:
                 raise InputError(f"the choice {choice[:40]!r} has {len(ids)} tokens: this bundle makes at most {max_tokens}")
             if ids in seen:

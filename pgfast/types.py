@@ -30,6 +30,8 @@ class GenerateOptions:
     """The same seed gives the same text, alone or in any batch; None: a new draw each time."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut off."""
+    min_confidence: float | None = None
+    """An answer that is less certain becomes "unsure" (see `Answer.unsure_of`); None: none does. Not for streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ class Answer:
     choices: dict[str, float] | None
     """Probability of each choice given that one of them is the answer; None if none were given."""
     timings: Timings
+    calibrated: float | None = None
+    """Chance that the answer is right: `confidence` with the manifest's calibration; None: the bundle has none."""
+    unsure_of: str | None = None
+    """What the text was before `min_confidence` made it "unsure"; confidence, tokens and choices are still about this."""
 
 
 @dataclass(frozen=True, slots=True)
