@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,18 +108,24 @@ class Tasks:
         """Ask for objects; also returns width and height of the picture in pixels."""
         listed = split_labels(labels)
         prompt = task_prompt(self.manifest, task, " ; ".join(listed))
+        start = time.perf_counter()
         picture = image if isinstance(image, EncodedImage) else self.prepare_image(image)
-        if isinstance(picture, EncodedImage) and picture.image_features.shape[1:2] > (
-            self.manifest.dimensions.num_image_tokens,
-        ):
+        prepared = time.perf_counter() - start
+        tokens = self.manifest.dimensions.num_image_tokens
+        if isinstance(picture, EncodedImage) and picture.image_features.shape[1:2] > (tokens,):
             raise InputError(f"{task} takes one picture: boxes would not say which of several they belong to")
         answer = self.submit(picture, prompt=prompt, options=options).result()
+        t = answer.timings
+        times = {"preprocess": t.preprocess + prepared, "ttft": t.ttft + prepared, "total": t.total + prepared}
+        answer = dataclasses.replace(answer, timings=dataclasses.replace(t, **times))
         # models that know one object only may leave out its name (big_vision's RefCOCO transfers do)
         label = listed[0] if len(listed) == 1 else ""
         objects = parse_tokens(answer.token_ids, answer.token_logprobs, self._tokenizer, default_label=label)
         if answer.finish_reason == "length":
             cut = f"the answer was cut off after {len(answer.token_ids)} tokens: its end may be wrong, objects may be missing"
             objects = Objects(objects.objects, (*objects.problems, cut))
+        if answer.unsure_of is not None:
+            objects = Objects((), ("the answer is less sure than min_confidence: none of its objects are taken",))
         return answer, objects, picture.width, picture.height
 
 

@@ -20,7 +20,7 @@ FORMATS = ("text", "coco", "json", "csv")
 @click.argument("labels", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PICTURE", help="Also draw the boxes; the ending says the format. A file is replaced.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="What to print; by default text.")
-@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, help="Leave out boxes that are less probable.")
+@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Leave out less probable boxes.")
 @engine_options
 @decoding_options
 def detect(
