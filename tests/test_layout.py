@@ -32,6 +32,7 @@ COMMANDS = (
     "ocr",
     "question",
     "detect",
+    "segment",
 )
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
