@@ -65,7 +65,14 @@ def _packed(row: np.ndarray, bits: int) -> bytes:
 
 
 def tiff(
-    data: bytes, width: int, height: int, bits: int, *, pages: int = 1, order: str = "<", tags: Sequence[tuple[int, int | None]] = ()
+    data: bytes,
+    width: int,
+    height: int,
+    bits: int,
+    *,
+    pages: int = 1,
+    order: str = "<",
+    tags: Sequence[tuple[int, int | None]] = (),
 ) -> bytes:
     """A gray TIFF of one strip per page; `tags` replace the usual ones or come on top, None leaves one out."""
     usual = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)} | dict(tags)

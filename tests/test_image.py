@@ -63,7 +63,13 @@ def test_arrays_of_every_layout(tmp_path: Path) -> None:
     locked.flags.writeable = False
     wanted = np.asarray(open_image(rgb))
     np.testing.assert_array_equal(wanted, rgb)
-    for given_as in (locked, np.asfortranarray(rgb), np.repeat(rgb, 2, axis=1)[:, ::2], rgb[::-1][::-1], rgb[..., ::-1][..., ::-1]):
+    for given_as in (
+        locked,
+        np.asfortranarray(rgb),
+        np.repeat(rgb, 2, axis=1)[:, ::2],
+        rgb[::-1][::-1],
+        rgb[..., ::-1][..., ::-1],
+    ):
         np.testing.assert_array_equal(np.asarray(open_image(given_as)), wanted)
     for gray in (rgb[..., 0], rgb[..., :1]):
         np.testing.assert_array_equal(np.asarray(open_image(gray)), rgb[..., :1].repeat(3, axis=2))

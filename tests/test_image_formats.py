@@ -198,9 +198,7 @@ def test_chunks_behind_the_pixels_change_nothing() -> None:
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "AVIF", "TIFF"])
 @pytest.mark.parametrize("as_file", [True, False])
-def test_the_first_frame_is_used_and_said(
-    format: str, as_file: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_first_frame_is_used_and_said(format: str, as_file: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = animation(format)
     (tmp_path / "a.bin").write_bytes(data)
     found = opened(tmp_path / "a.bin" if as_file else data)
@@ -374,7 +372,9 @@ def test_orientation_of_heic(number: int) -> None:
         heif.from_pillow(Image.fromarray(scene())).save(buffer, quality=95, exif=exif.tobytes())
         return buffer.getvalue()
 
-    np.testing.assert_array_equal(opened(written(with_orientation(number))), UPRIGHT[number](opened(written(with_orientation(1)))))
+    np.testing.assert_array_equal(
+        opened(written(with_orientation(number))), UPRIGHT[number](opened(written(with_orientation(1))))
+    )
 
 
 def test_several_pictures_in_a_heic(caplog: pytest.LogCaptureFixture) -> None:

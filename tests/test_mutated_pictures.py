@@ -57,7 +57,9 @@ def _number(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
     if len(old) == size:
         code = order + {1: "B", 2: "H", 4: "I"}[size]
         (value,) = struct.unpack(code, old)
-        new = rng.choice((rng.choice(EDGES), value + rng.randint(-3, 3), value * 2, rng.getrandbits(8 * size), rng.randrange(9000)))
+        new = rng.choice(
+            (rng.choice(EDGES), value + rng.randint(-3, 3), value * 2, rng.getrandbits(8 * size), rng.randrange(9000))
+        )
         data[place : place + size] = struct.pack(code, new % 2 ** (8 * size))
 
 
