@@ -1,4 +1,4 @@
-"""Every format and kind of picture, against the arithmetic of its specification, its own library, or the picture it came from."""
+"""Every format and kind of picture, against its specification's arithmetic, its own library, or the picture it came from."""
 
 from __future__ import annotations
 
