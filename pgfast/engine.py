@@ -22,6 +22,7 @@ from pgfast.masks import MaskDecoder
 from pgfast.pending import Pending
 from pgfast.pictures import PictureEncoder
 from pgfast.prompt import Tokenizer
+from pgfast.runtime.beam_search import BeamSearch
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.model import Model
 from pgfast.runtime.providers import Target
@@ -163,7 +164,7 @@ class Engine(Tasks):
             raise InputError("give a question or a raw prompt, not both")
         ids = self._encode_prompt(self._answer_prompt(question, language) if prompt is None else prompt)
         choice_ids = self._encode_choices(choices)
-        row = self._generation(options) if choice_ids is None else ChoiceScores(choice_ids)
+        row = self._generation(options, ids) if choice_ids is None else ChoiceScores(choice_ids)
         checked = time.perf_counter() - start
         (encoded,), (preprocess, vision) = self._pictures.encode([image])
         ticket = self._scheduler.submit(
@@ -209,7 +210,7 @@ class Engine(Tasks):
                 images, seconds = self._pictures.encode([image for image, _ in questions[part]], recent)
                 for image, prompt in zip(images, prompts[part], strict=True):
                     room.get()
-                    row, on_start = self._generation(options), partial(room.put, None)
+                    row, on_start = self._generation(options, prompt), partial(room.put, None)
                     ticket = self._scheduler.submit(row, image.image_features, prompt, patient=True, on_start=on_start)
                     pending = Pending(row, ticket, self._tokenizer, options, None, start, *seconds, self._calibration)
                     asked.append(pending)
@@ -264,13 +265,19 @@ class Engine(Tasks):
         parts = (images[first : first + most] for first in range(0, len(images), most))
         return [encoded for part in parts for encoded in self._pictures.encode(part)[0]]
 
-    def _generation(self, options: GenerateOptions) -> Generation:
+    def _generation(self, options: GenerateOptions, prompt: list[int]) -> Generation | BeamSearch:
         decode, stop = self._tokenizer.decode, options.stop  # not the engine: rows live in the scheduler's thread
-        return Generation(
+        decoder = self._model.decoder
+        if options.beams > decoder.slots:
+            raise InputError(f"beams is {options.beams}: this engine has room for {decoder.slots}")
+        if options.beams > 1 and not decoder.copies:
+            raise InputError("beams need the CPU provider: there is no copy within a GPU's cache yet")
+        return (Generation if options.beams == 1 else BeamSearch)(
             options,
             max_new_tokens=options.max_new_tokens or self.manifest.limits.new_tokens,
             eos_id=self.manifest.tokens.eos,
             stopped=lambda ids: any(text in decode(ids) for text in stop),
+            context=[self.manifest.tokens.image, *prompt],
         )
 
     def _answer_prompt(self, question: str | None, language: str) -> str:

@@ -73,7 +73,7 @@ def open_header(file: Any) -> PILImage:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         raise ImageError("it is a HEIC picture, which needs one more library: pip install pillow-heif") from error
-    heif: PILImage = HeifImageFile(file)
+    heif: PILImage = HeifImageFile(file)  # type: ignore[no-untyped-call, unused-ignore]
     return heif
 
 

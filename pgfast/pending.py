@@ -11,6 +11,7 @@ import numpy as np
 from pgfast.calibration import UNSURE, calibrate
 from pgfast.manifest import Calibration
 from pgfast.prompt import Tokenizer, cut_at_stop, safe_length
+from pgfast.runtime.beam_search import BeamSearch
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.ticket import Ticket
 from pgfast.token_texts import TokenTexts
@@ -21,7 +22,7 @@ from pgfast.types import Answer, GenerateOptions, Timings
 class Pending:
     """A question that the engine works on; made by `Engine.submit`."""
 
-    _row: Generation | ChoiceScores
+    _row: Generation | BeamSearch | ChoiceScores
     _ticket: Ticket
     _tokenizer: Tokenizer
     _options: GenerateOptions
@@ -65,7 +66,10 @@ class Pending:
         if isinstance(self._row, ChoiceScores):
             return ""
         done, stop = self.done, self._options.stop  # first: tokens may come in between
-        text = cut_at_stop(self._tokenizer.decode(list(self._row.token_ids)), stop)
+        ids = list(self._row.token_ids)
+        while ids and not done and self._tokenizer.byte(ids[-1]) is not None:
+            ids.pop()  # a byte that does not fit makes all bytes next to it question marks
+        text = cut_at_stop(self._tokenizer.decode(ids), stop)
         return text if done else text[: safe_length(text, stop)]
 
     @property
@@ -77,7 +81,7 @@ class Pending:
     def tokens(self) -> tuple[list[int], list[float]]:
         """Return ids and natural log-probabilities so far; of choices nothing before the end, and then the best one's."""
         row = self._row
-        if isinstance(row, Generation):
+        if not isinstance(row, ChoiceScores):
             logprobs = list(row.token_logprobs)  # first: the engine's thread appends to it last
             return row.token_ids[: len(logprobs)], logprobs
         answer = self.result() if self.done else None
@@ -121,7 +125,7 @@ class Pending:
             confidence=confidence,
             token_ids=tuple(ids),
             token_logprobs=tuple(logprobs),
-            finish_reason="length" if isinstance(row, Generation) and row.finish_reason == "length" else "stop",
+            finish_reason="length" if not isinstance(row, ChoiceScores) and row.finish_reason == "length" else "stop",
             choices=chances,
             timings=Timings(
                 preprocess=self._preprocess,

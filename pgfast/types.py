@@ -30,6 +30,12 @@ class GenerateOptions:
     """The same seed gives the same text, alone or in any batch; None: a new draw each time."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens less probable that the prompt or the text holds already (as in transformers); 1: off."""
+    beams: int = 1
+    """Search with so many beginnings at a time for the most probable text; 1: no search. Not with sampling or streams."""
+    length_penalty: float = 1.0
+    """With beams: a text's log-probability is divided by its length to this power, so more prefers longer texts."""
     min_confidence: float | None = None
     """An answer that is less certain becomes "unsure" (see `Answer.unsure_of`); None: none does. Not for streams."""
 
@@ -65,7 +71,7 @@ class Answer:
     token_ids: tuple[int, ...]
     """Generated ids; the last one is `<eos>` when `finish_reason` is "stop" and no stop text was met."""
     token_logprobs: tuple[float, ...]
-    """Natural log-probability of each id, before temperature, top_p and top_k."""
+    """Natural log-probability of each id, before temperature, top_p, top_k and repetition_penalty."""
     finish_reason: Literal["stop", "length"]
     """"stop": the model ended the answer, or a stop text was met; "length": max_new_tokens was reached."""
     choices: dict[str, float] | None
