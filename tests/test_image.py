@@ -220,6 +220,7 @@ def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
         "empty.png": b"",
         "bomb.png": png_of_size(50_000, 50_000),
         "large.png": png_of_size(10_000, 8_500),
+        "long.png": png_of_size(1, 79_000_000),
         "short.png": png_of_size(300, 300),
     }
     for name, data in files.items():
@@ -243,6 +244,7 @@ def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
         "null byte": ("a\0b.png", "cannot be read"),
         "bomb": (folder / "bomb.png", "bomb"),
         "large": (folder / "large.png", "pixels"),
+        "long": (folder / "long.png", "a side has at most 65,535"),
         "short": (folder / "short.png", "damaged"),
         "folder": (folder / "folder.png", "folder"),
         "postscript": (folder / "script.eps", "PostScript"),
@@ -254,6 +256,7 @@ def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
         "bool array": (np.zeros((4, 4), np.bool_), r"astype\(numpy.uint8\) \* 255"),
         "16-bit array": (np.zeros((4, 4), np.uint16), ">> 8"),
         "large array": (np.broadcast_to(np.uint8(0), (9000, 9000)), "9000 x 9000 pixels"),
+        "long array": (np.broadcast_to(np.uint8(0), (1, 70_000)), "70000 x 1 pixels: a side"),
         "zero array": (np.zeros((0, 4, 3), np.uint8), "uint8"),
         "number": (3, "int"),
     }
@@ -261,11 +264,11 @@ def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
 
 BAD = (
     *("missing", "truncated", "text", "unicode", "web page", "drawing", "pdf", "archive", "video", "icon", "unknown", "empty"),
-    *("bomb", "large", "short", "folder", "postscript", "empty bytes", "address", "null byte"),
+    *("bomb", "large", "long", "short", "folder", "postscript", "empty bytes", "address", "null byte"),
 )
 BAD_VALUES = (
-    *("float array", "bool array", "16-bit array", "channels first", "batch", "two channels", "large array", "zero array"),
-    "number",
+    *("float array", "bool array", "16-bit array", "channels first", "batch", "two channels", "large array", "long array"),
+    *("zero array", "number"),
 )
 
 
