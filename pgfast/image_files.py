@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
 MAX_SIDE = 65_535
-"""Pixels of a side, as in a JPEG. Pillow resizes the width first: a picture of 1 x 80,000,000 would become one of 224 x 80,000,000."""
+"""Pixels of a side, as in a JPEG. Pillow resizes the width first: 1 x 80,000,000 pixels would become 224 x 80,000,000."""
 MAX_FILE = 2**30
 """Bytes of a file; the largest picture has no more, not even uncompressed with 16 bits."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -75,7 +75,8 @@ def open_header(file: Any) -> PILImage:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         raise ImageError("it is a HEIC picture, which needs one more library: pip install pillow-heif") from error
-    heif: PILImage = HeifImageFile(file)
+    reader: Any = HeifImageFile  # partly untyped
+    heif: PILImage = reader(file)
     return heif
 
 

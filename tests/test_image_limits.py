@@ -22,9 +22,7 @@ from pgfast.image import open_image
 TROUBLE = {
     "exif": saved(Image.fromarray(scene()), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\xff\xff"),
     "apng": png(scene(), 8, 2, before=chunk(b"acTL", b"\0" * 8), behind=chunk(b"acTL", b"\0" * 8)),
-    "palette": seeds()["png palette alpha"],
     "large": saved(Image.new("1", (9500, 9500)), "PNG"),
-    "tiff": seeds()["tiff lzw"].replace(b"\x1a\x01\x05\0\1\0\0\0", b"\x1a\x01\x05\0\xff\xff\0\0"),
 }
 """Pictures about which Pillow warns."""
 
@@ -32,8 +30,6 @@ TROUBLE = {
 @pytest.mark.parametrize("name", TROUBLE)
 def test_pillow_warns_about_these(name: str) -> None:
     """If it no longer does, the next test proves nothing."""
-    if name in ("palette", "tiff"):
-        pytest.skip("only some versions warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Image.open(io.BytesIO(TROUBLE[name])) as image:
@@ -69,9 +65,7 @@ def test_threads_get_their_own_pictures() -> None:
     files = seeds()
     alone = {name: np.asarray(open_image(data)) for name, data in files.items()}
     with ThreadPoolExecutor(8) as pool:
-        for name, found in [
-            (name, pool.submit(open_image, data)) for _ in range(6) for name, data in files.items()
-        ]:
+        for name, found in [(name, pool.submit(open_image, data)) for _ in range(6) for name, data in files.items()]:
             np.testing.assert_array_equal(np.asarray(found.result()), alone[name])
 
 
@@ -83,8 +77,8 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_small_files_do_not_take_much_memory(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "message"), [("long", "a side has at most"), ("tile", "tiles of 16384 x 16384")])
+def test_small_files_do_not_take_much_memory(name: str, message: str, tmp_path: Path) -> None:
     """In a child, whose peak is its own: the first would take 1.4 GB to resize to 896 pixels, the second 268 MB to open."""
     (tmp_path / "bomb").write_bytes(BOMBS[name]())
     code = """
@@ -101,8 +95,8 @@ except ImageError as error:
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "bomb"], capture_output=True, text=True, check=True)
-    *said, megabytes = done.stdout.splitlines()
-    assert len(said) == 1
+    said, megabytes = done.stdout.splitlines()
+    assert message in said
     assert float(megabytes) < 60
 
 
@@ -123,7 +117,7 @@ open_image(buffer.getvalue())
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 64 + 20  # it was 64 MB while it was written; a second one would be 61 more
+    assert float(done.stdout) < 30  # the picture that was written took the same 61 MB before; a copy would take 61 more
 
 
 def test_a_pipe_is_read(tmp_path: Path) -> None:
