@@ -45,7 +45,7 @@ def open_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS) -> PILImage:
     if isinstance(image, np.ndarray):
         return _decoded(_from_array(image, most), "the picture")
     if isinstance(image, Image.Image):
-        check_size(image, "the picture", most)
+        check_size(image.width, image.height, "the picture", most)
         return _decoded(image, "the picture")
     if isinstance(image, bytes | bytearray | memoryview):
         data = image.tobytes() if isinstance(image, memoryview) else image  # it may have gaps
@@ -92,8 +92,7 @@ def _from_array(array: NDArray[Any], most: int) -> PILImage:
     if array.dtype != np.uint8 or 0 in array.shape or not (is_gray or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise ImageError(f"a picture array is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}{_how_to_convert(array)}")
     height, width = array.shape[:2]
-    if height * width > most:
-        raise ImageError(f"the picture has {width} x {height} pixels: at most {most:,} are accepted")
+    check_size(width, height, "the picture", most)
     return Image.fromarray(np.ascontiguousarray(array.reshape(height, width) if is_gray else array))
 
 

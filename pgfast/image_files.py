@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused before they are decoded; under Pillow's own limit of 89 million."""
+MAX_SIDE = 65_535
+"""Pixels of a side, as in a JPEG. Pillow resizes the width first: 1 x 80,000,000 pixels would become 224 x 80,000,000."""
 MAX_FILE = 2**30
 """Bytes of a file; the largest picture has no more, not even uncompressed with 16 bits."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -73,7 +75,8 @@ def open_header(file: Any) -> PILImage:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         raise ImageError("it is a HEIC picture, which needs one more library: pip install pillow-heif") from error
-    heif: PILImage = HeifImageFile(file)  # type: ignore[no-untyped-call, unused-ignore]
+    reader: Any = HeifImageFile  # partly untyped
+    heif: PILImage = reader(file)
     return heif
 
 
@@ -120,7 +123,8 @@ def open_file(file: Any, what: str, most: int) -> PILImage:
         raise ImageError(f"{what} cannot be opened: {error}") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them raise
         raise ImageError(f"{what} cannot be opened: {reason(error)}") from error
-    check_size(opened, what, most)
+    check_size(opened.width, opened.height, what, most)
+    _check_tiles(opened, what)
     if opened.format in ("JPEG", "MPO") and opened.info.get("progressive"):
         file.seek(0)
         if _scans(file.read()) > MAX_SCANS:
@@ -128,14 +132,19 @@ def open_file(file: Any, what: str, most: int) -> PILImage:
     return opened
 
 
-def check_size(image: PILImage, what: str, most: int) -> None:
-    """Refuse what has too many pixels.
+def check_size(width: int, height: int, what: str, most: int) -> None:
+    """Refuse what has too many pixels, or is too long.
 
     Raises:
-        ImageError: The picture, or a tile of a TIFF, is too large.
+        ImageError: It is larger than `most`, or a side is longer than `MAX_SIDE`.
     """
-    if image.width * image.height > most:
-        raise ImageError(f"{what} has {image.width} x {image.height} pixels: at most {most:,} are accepted")
+    if width * height > most:
+        raise ImageError(f"{what} has {width} x {height} pixels: at most {most:,} are accepted")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{what} has {width} x {height} pixels: a side has at most {MAX_SIDE:,}")
+
+
+def _check_tiles(image: PILImage, what: str) -> None:
     tags = getattr(image, "tag_v2", {})
     width, height = tags.get(TILE_WIDTH), tags.get(TILE_LENGTH)
     if isinstance(width, int) and isinstance(height, int) and width * height > max(MAX_TILE, image.width * image.height):
