@@ -28,7 +28,7 @@ from pgfast.runtime.scheduler import Scheduler
 from pgfast.runtime.turns import STALL
 from pgfast.tasks import Tasks, task_prompt
 from pgfast.types import Answer, EncodedImage, GenerateOptions, LoadFigures, PreparedImage
-from pgfast.validation import check_options
+from pgfast.validation import check_options, check_stream
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Engine(Tasks):
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         manifest = bundle.manifest
-        self._bundle, self._target = bundle, target
+        self._bundle, self._target, self._calibration = bundle, target, manifest.calibration
         with ThreadPoolExecutor(1) as pool:  # 257,000 entries take a second to parse: beside the graphs
             path, ids = bundle.path(TOKENIZER), (manifest.tokens.bos, manifest.dimensions.vocab_size)
             tokenizer = pool.submit(Tokenizer.open, path, *ids)
@@ -154,6 +154,8 @@ class Engine(Tasks):
         """
         start = time.perf_counter()
         options = check_options(options, self.manifest.limits.new_tokens)
+        if streaming:
+            check_stream(options)
         # texts first: they are cheap to refuse
         if question is not None and prompt is not None:
             raise InputError("give a question or a raw prompt, not both")
@@ -165,7 +167,8 @@ class Engine(Tasks):
         ticket = self._scheduler.submit(
             row, encoded.image_features, ids, streaming=streaming, patient=patient, on_progress=on_progress
         )
-        return Pending(row, ticket, self._tokenizer, options, choices, start, checked + preprocess, vision)
+        seconds = (checked + preprocess, vision)
+        return Pending(row, ticket, self._tokenizer, options, choices, start, *seconds, self._calibration)
 
     def answer_batch(
         self,
@@ -206,7 +209,8 @@ class Engine(Tasks):
                     room.get()
                     row, on_start = self._generation(options), partial(room.put, None)
                     ticket = self._scheduler.submit(row, image.image_features, prompt, patient=True, on_start=on_start)
-                    asked.append(Pending(row, ticket, self._tokenizer, options, None, start, *seconds))
+                    pending = Pending(row, ticket, self._tokenizer, options, None, start, *seconds, self._calibration)
+                    asked.append(pending)
                 while len(answers) < len(asked) and asked[len(answers)].done:
                     answers.append(asked[len(answers)].result())
             return answers + [pending.result() for pending in asked[len(answers) :]]
@@ -225,7 +229,7 @@ class Engine(Tasks):
         The prompt is checked at once. From the first piece on the model runs ahead of the reader; closing the iterator
         ends that.
         """
-        check_options(options, self.manifest.limits.new_tokens)
+        check_stream(check_options(options, self.manifest.limits.new_tokens))
         self._encode_prompt(prompt)
         encoded = self.encode_image(image)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgfast.calibration import UNSURE, calibrate
+from pgfast.manifest import Calibration
 from pgfast.prompt import Tokenizer, cut_at_stop, safe_length
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.ticket import Ticket
@@ -28,6 +30,7 @@ class Pending:
     """`time.perf_counter` when its picture was taken up."""
     _preprocess: float
     _vision: float
+    _calibration: Calibration | None
 
     @property
     def done(self) -> bool:
@@ -108,9 +111,14 @@ class Pending:
 
     def _answer(self, text: str, ids: Sequence[int], logprobs: Sequence[float], chances: dict[str, float] | None) -> Answer:
         ticket, row = self._ticket, self._row
+        confidence, calibrated = float(np.exp(sum(logprobs))), None
+        if self._calibration is not None:
+            calibrated = calibrate(confidence, self._calibration.temperature)
+        least = self._options.min_confidence
+        unsure = least is not None and (confidence if calibrated is None else calibrated) < least
         return Answer(
-            text=text,
-            confidence=float(np.exp(sum(logprobs))),
+            text=UNSURE if unsure else text,
+            confidence=confidence,
             token_ids=tuple(ids),
             token_logprobs=tuple(logprobs),
             finish_reason="length" if isinstance(row, Generation) and row.finish_reason == "length" else "stop",
@@ -123,4 +131,6 @@ class Pending:
                 ttft=ticket.first_token - self._start,
                 total=ticket.ended - self._start,
             ),
+            calibrated=calibrated,
+            unsure_of=text if unsure else None,
         )

@@ -152,7 +152,8 @@ class Tokenizer:
             raise InputError("choices is empty: give at least one answer")
         seen = dict[tuple[int, ...], str]()
         for choice in choices:
-            ids = (*self.encode_suffix(choice, max_tokens=max_tokens), eos_id)
+            # as an answer, which has no blanks around it
+            ids = (*self.encode_suffix(choice.strip(), max_tokens=max_tokens), eos_id)
             if len(ids) > max_tokens:
                 raise InputError(f"the choice {choice[:40]!r} has {len(ids)} tokens: this bundle makes at most {max_tokens}")
             if ids in seen:
@@ -176,6 +177,10 @@ class Tokenizer:
         """Return the byte that a token of byte fallback (`<0xE2>`) stands for; None: it is another token."""
         found = _BYTE.fullmatch(self._tokenizer.id_to_token(id) or "")
         return bytes.fromhex(found[1]) if found else None
+
+    def location(self, id: int) -> str | None:
+        """Return the token of a box or a mask, such as `<loc0512>`; None: it is another token."""
+        return str(self._tokenizer.id_to_token(id)) if id in self._location_ids else None
 
     def decode_with_markers(self, ids: Sequence[int]) -> str:
         """Return the text of ids with `<bos>`, `<eos>` and all other markers, to look at."""

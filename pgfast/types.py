@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -28,6 +30,8 @@ class GenerateOptions:
     """The same seed gives the same text, alone or in any batch; None: a new draw each time."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut off."""
+    min_confidence: float | None = None
+    """An answer that is less certain becomes "unsure" (see `Answer.unsure_of`); None: none does. Not for streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,42 @@ class Answer:
     choices: dict[str, float] | None
     """Probability of each choice given that one of them is the answer; None if none were given."""
     timings: Timings
+    calibrated: float | None = None
+    """Chance that the answer is right: `confidence` with the manifest's calibration; None: the bundle has none."""
+    unsure_of: str | None = None
+    """What the text was before `min_confidence` made it "unsure"; confidence, tokens and choices are still about this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """An object in a picture."""
+
+    label: str
+    box: tuple[float, float, float, float]
+    """x0, y0, x1, y1 in pixels of the picture as it was given, upright; x0 < x1 and y0 < y1, all inside the picture."""
+    score: float
+    """Probability that the model writes this box with this label: the product of their tokens' probabilities.
+
+    Four edges and a label are in it, so it is far below what detectors call a score; it ranks boxes of one model.
+    """
+
+
+class Detections(list[Detection]):
+    """Objects in the order in which the model named them.
+
+    Args:
+        found: The objects.
+        answer: The model's text, with its tokens.
+        width: Of the picture as it was given, upright, in pixels.
+        height: Of that picture.
+        problems: What in the text was malformed and what became of it; empty when all is well.
+    """
+
+    def __init__(
+        self, found: Iterable[Detection], *, answer: Answer, width: int, height: int, problems: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(found)
+        self.answer, self.width, self.height, self.problems = answer, width, height, problems
 
 
 @dataclass(frozen=True, slots=True, eq=False)

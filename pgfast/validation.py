@@ -39,8 +39,21 @@ def check_options(options: GenerateOptions | None, most: int) -> GenerateOptions
         fine = isinstance(number, int | float) and math.isfinite(number) and number >= 0
         if not fine or (name == "top_p" and not 0 < number <= 1):
             raise InputError(f"{name} is {number!r}: a number {good} is needed")
+    least = o.min_confidence
+    if least is not None and (isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1):
+        raise InputError(f"min_confidence is {least!r}: a number from 0 to 1 is needed")
     check_texts("stop", o.stop)
     return options
+
+
+def check_stream(options: GenerateOptions | None) -> None:
+    """Refuse to stream what only the whole answer decides.
+
+    Raises:
+        InputError: There is a `min_confidence`.
+    """
+    if options is not None and options.min_confidence is not None:
+        raise InputError("a stream cannot take a piece back that is out: leave min_confidence away, or do not stream")
 
 
 def check_texts(name: str, texts: Any) -> Sequence[str]:

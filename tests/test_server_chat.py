@@ -157,8 +157,10 @@ def test_other_extras_reach_the_engine(client: openai.OpenAI, model: str, demo: 
         model=model, messages=messages(f"answer en {QUESTION}"), extra_body={"raw_prompt": True}
     )
     assert raw.usage == client.chat.completions.create(model=model, messages=messages()).usage
-    expected = demo.answer(PICTURE, QUESTION, language="is", options=GenerateOptions(top_k=3, max_new_tokens=8, **WILD))
-    extra = {"language": "is", "top_k": 3}
+    expected = demo.answer(PICTURE, QUESTION, options=GenerateOptions(top_k=3, max_new_tokens=8, **WILD))
+    with pytest.raises(openai.BadRequestError, match="not trained with the language 'is': one of en"):
+        client.chat.completions.create(model=model, messages=messages(), extra_body={"language": "is"})
+    extra = {"language": "en", "top_k": 3}
     got = client.chat.completions.create(model=model, messages=messages(), max_tokens=8, extra_body=extra, **WILD)
     assert got.choices[0].message.content == expected.text
 

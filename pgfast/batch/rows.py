@@ -104,6 +104,8 @@ class Result:
             "confidence": answer and answer.confidence,
             "finish_reason": answer and answer.finish_reason,
             "choices": answer and answer.choices,
+            "calibrated": answer and answer.calibrated,
+            "unsure_of": answer and answer.unsure_of,
             **({"timings": answer and dataclasses.asdict(answer.timings)} if timings else {}),
             "error": self.error and dataclasses.asdict(self.error),
         }

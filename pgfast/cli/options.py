@@ -33,6 +33,7 @@ def engine_options(command: F) -> F:
 def decoding_options(command: F) -> F:
     """Add the fields of `GenerateOptions`; the command takes them as keyword arguments."""
     for option in (
+        click.option("--min-confidence", type=float, metavar="P", help="Answer 'unsure' below this confidence, 0 to 1."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; repeatable."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
         click.option("--top-k", type=int, default=0, help="Sample from this many most probable tokens."),
