@@ -214,7 +214,9 @@ def graph_nodes(folder: Path, rng: random.Random) -> None:
             elif what == 2 and node.output:
                 node.output[rng.randrange(len(node.output))] = rng.choice([*names, "", "nothing"])
             elif what == 3:
-                node.op_type = rng.choice(("Reshape", "Expand", "Tile", "Loop", "EPContext", "MatMul", "Gather", "ConstantOfShape", ""))
+                node.op_type = rng.choice(
+                    ("Reshape", "Expand", "Tile", "Loop", "EPContext", "MatMul", "Gather", "ConstantOfShape", "")
+                )
             elif what == 4:
                 node.domain = rng.choice(("", "com.microsoft", "x"))
             elif node.attribute:
