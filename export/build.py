@@ -53,7 +53,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     if os.path.lexists(out):
         raise ExportError(f"{out} exists: choose another folder or remove it")
     masks = read_mask_weights(options.mask_decoder) if options.mask_decoder else None
-    if (Path(checkpoint) / MANIFEST).is_file():
+    if os.path.isfile(os.path.join(checkpoint, MANIFEST)):  # unlike pathlib, no exception for names that no system has
         if masks is None or options != ExportOptions(mask_decoder=options.mask_decoder):
             raise ExportError(f"{checkpoint} is a bundle already: --mask-decoder alone can be added to it")
         return _extended(Bundle.open(Path(checkpoint)), out, masks)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pgfast.types import Detection, Detections
+from pgfast.types import Detection, Detections, Segments
 
 
 def to_text(detections: Sequence[Detection]) -> str:
@@ -37,7 +37,9 @@ def to_json(detections: Detections, found: Sequence[Detection]) -> dict[str, Any
     }
 
 
-def to_coco(detections: Detections, found: Sequence[Detection], labels: Sequence[str], file_name: str) -> dict[str, Any]:
+def to_coco(
+    detections: Detections | Segments, found: Sequence[Detection], labels: Sequence[str], file_name: str
+) -> dict[str, Any]:
     """COCO's dataset of one picture; the list `annotations` is also what its programs read as results.
 
     Boxes are x, y, width, height. Categories are numbered from 1: the labels asked for, then any others that the model named.

@@ -18,6 +18,7 @@ from pgfast.bundle import Bundle
 from pgfast.errors import InputError
 from pgfast.image import MAX_PIXELS, ImageInput
 from pgfast.manifest import TOKENIZER, Manifest
+from pgfast.masks import MaskDecoder
 from pgfast.pending import Pending
 from pgfast.pictures import PictureEncoder
 from pgfast.prompt import Tokenizer
@@ -52,6 +53,7 @@ class Engine(Tasks):
             self._model = Model(bundle, target, threads)
             self._tokenizer = tokenizer.result()
         self._pictures = PictureEncoder(manifest, self._model)
+        self._masks = MaskDecoder(bundle)
         self._scheduler = Scheduler(self._model.decoder, together=self._model.together, turns=self._model.turns, stall=STALL)
         # also before the interpreter ends: a thread that is inside onnxruntime then would crash it
         weakref.finalize(self, self._scheduler.close)

@@ -78,7 +78,7 @@ def parse(text: str, *, default_label: str = "") -> Objects:
 
 
 def parse_tokens(
-    ids: Sequence[int], logprobs: Sequence[float], tokenizer: LocationTokenizer, *, default_label: str = ""
+    ids: Sequence[int], logprobs: Sequence[float], tokenizer: LocationTokenizer, *, default_label: str = "", masks: bool = False
 ) -> Objects:
     """Read generated tokens: only real location tokens count, and every object has its score.
 
@@ -87,8 +87,9 @@ def parse_tokens(
         logprobs: Natural log-probability of each.
         tokenizer: The bundle's.
         default_label: As in `parse`.
+        masks: Every object should have one; the absence of all its codes is a problem then.
     """
-    reader = _Reader(default_label)
+    reader = _Reader(default_label, masks=masks)
     between: list[tuple[int, float]] = []
     for token in zip(ids, logprobs, strict=True):
         found = _MARKER.fullmatch(tokenizer.location(token[0]) or "")
@@ -142,8 +143,8 @@ def _label(text: str) -> str:
 class _Reader:
     """Takes markers and the texts between them, in order; always one text between two markers, often empty."""
 
-    def __init__(self, default_label: str) -> None:
-        self._default = default_label
+    def __init__(self, default_label: str, *, masks: bool = False) -> None:
+        self._default, self._masks = default_label, masks
         self._objects: list[Located] = []
         self._problems: list[str] = []
         self._number = 0
@@ -198,7 +199,7 @@ class _Reader:
             return
         if y0 > y1 or x0 > x1:
             self._problems.append(f"{what} has edges in the wrong order: they were swapped")
-        if codes and (len(codes) != MASK_CODES or max(codes) >= CODES):
+        if (codes or self._masks) and (len(codes) != MASK_CODES or max(codes) >= CODES):
             wrong = f"{len(codes)} of {MASK_CODES} segment codes" if len(codes) != MASK_CODES else f"segment code {max(codes)}"
             self._problems.append(f"{what} has {wrong}: its box has no mask")
             codes = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from pgfast.bundle import Bundle
 from pgfast.runtime.providers import Target
 from pgfast.runtime.session import failure, open_session
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+    from pgfast.types import Segment
 
 MASK_DECODER = "mask_decoder"
 
@@ -95,6 +100,19 @@ def paint(picture: NDArray[np.uint8], mask: Mask, color: tuple[int, int, int]) -
     """Lay a half-transparent colour over the mask, in place: uint8 [H, W, 3], [H, W]."""
     under = picture[mask].astype(np.uint16)
     picture[mask] = ((under + np.array(color, np.uint16) + 1) // 2).astype(np.uint8)
+
+
+def draw_segments(picture: PILImage, segments: Sequence[Segment]) -> PILImage:
+    """Draw masks, boxes and labels, in a colour per label (arguments as in `draw_detections`)."""
+    from PIL import Image
+
+    from pgfast.drawing import draw_detections, label_colors
+
+    colors, painted = label_colors([segment.label for segment in segments]), np.array(picture)
+    for segment in segments:
+        if segment.mask is not None:
+            paint(painted, segment.mask, colors[segment.label])
+    return draw_detections(Image.fromarray(painted), segments)
 
 
 def run_lengths(mask: Mask) -> list[int]:

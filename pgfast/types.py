@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -91,7 +91,18 @@ class Detection:
     """
 
 
-class Detections(list[Detection]):
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment(Detection):
+    """An object in a picture, with its mask; equal ones have equal labels, boxes and scores."""
+
+    mask: NDArray[np.bool_] | None
+    """[H, W] of the picture as it was given, upright; None: the model wrote no 16 codes, or the bundle has no mask decoder."""
+
+
+T = TypeVar("T", bound=Detection)
+
+
+class Found(list[T]):
     """Objects in the order in which the model named them.
 
     Args:
@@ -102,11 +113,17 @@ class Detections(list[Detection]):
         problems: What in the text was malformed and what became of it; empty when all is well.
     """
 
-    def __init__(
-        self, found: Iterable[Detection], *, answer: Answer, width: int, height: int, problems: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, found: Iterable[T], *, answer: Answer, width: int, height: int, problems: tuple[str, ...] = ()) -> None:
         super().__init__(found)
         self.answer, self.width, self.height, self.problems = answer, width, height, problems
+
+
+class Detections(Found[Detection]):
+    """What `detect` found."""
+
+
+class Segments(Found[Segment]):
+    """What `segment` found."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +119,20 @@ def test_the_only_label_is_that_of_boxes_without_one(demo: Engine, say: Say) -> 
     assert ([d.label for d in found], found.problems) == ([""], ("object 1 has no label",))
 
 
+def test_an_answer_that_is_unsure_has_no_boxes(demo: Engine) -> None:
+    found = demo.detect(BLUE, "circle", options=GenerateOptions(min_confidence=1.0))
+    assert (list(found), found.answer.text) == ([], "unsure")
+    assert found.problems == ("the answer is less sure than min_confidence: none of its objects are taken",)
+
+
+def test_the_time_for_the_picture_counts(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = demo.prepare_image
+    monkeypatch.setattr(demo, "prepare_image", lambda image: time.sleep(0.05) or prepare(image))
+    timings = demo.detect(BLUE, "circle").answer.timings
+    assert min(timings.preprocess, timings.ttft, timings.total) >= 0.05
+    assert timings.total >= timings.preprocess + timings.vision + timings.prefill + timings.decode
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -199,7 +214,8 @@ def test_json(capsys: pytest.CaptureFixture[str], say: Say) -> None:
     assert (document["width"], document["height"]) == (640, 640)
     assert document["problems"] == ["object 2 has 1 of 4 locations and was left out"]
     assert len(document["answer"]["token_ids"]) == 8
-    assert run(capsys, BLUE, "blue circle", "--format", "json")[0] == out
+    again = json.loads(run(capsys, BLUE, "blue circle", "--format", "json")[0])
+    assert all(again[key] == document[key] for key in document if key != "answer")  # which has times
     _, err = run(capsys, BLUE, "a", "--json", "--format", "csv", code=2)
     assert err == ["pgfast: error: --json and --format csv exclude each other"]
 

@@ -94,7 +94,7 @@ def test_painting_mixes_half_and_half_where_the_mask_is() -> None:
     mask, before = np.random.default_rng(1).random((7, 9)) < 0.5, picture.copy()
     paint(picture, mask, (255, 0, 99))
     np.testing.assert_array_equal(picture[~mask], before[~mask])
-    wanted = (before[mask].astype(float) + [255, 0, 99]) / 2
+    wanted = (before[mask].astype(float) + np.array([255, 0, 99])) / 2
     assert np.abs(picture[mask] - wanted).max() <= 0.5
 
 

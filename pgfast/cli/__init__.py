@@ -18,6 +18,7 @@ BUILT_IN = {
     "caption": "pgfast.cli.tasks:caption",
     "ocr": "pgfast.cli.tasks:ocr",
     "detect": "pgfast.cli.detect:detect",
+    "segment": "pgfast.cli.segment:segment",
     "question": "pgfast.cli.tasks:question",
     "batch": "pgfast.batch.cli:batch",
     "inspect": "pgfast.cli.inspection:inspect",

@@ -20,7 +20,7 @@ FORMATS = ("text", "coco", "json", "csv")
 @click.argument("labels", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PICTURE", help="Also draw the boxes; the ending says the format. A file is replaced.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="What to print; by default text.")
-@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, help="Leave out boxes that are less probable.")
+@click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Leave out less probable boxes.")
 @engine_options
 @decoding_options
 def detect(
@@ -48,7 +48,7 @@ def detect(
     kind = "json" if as_json else kind or "text"
     listed = split_labels(labels[0] if len(labels) == 1 else labels)
     if output is not None:
-        _check_output(output, image)
+        check_output(output, image)
     engine = load_engine(model, provider, threads)
     picture: Any = sys.stdin.buffer.read() if image == "-" else image
     if output is not None:
@@ -74,7 +74,7 @@ def detect(
         print(f"pgfast: drawn into {printable(output)}", file=sys.stderr)
 
 
-def _check_output(output: str, image: str) -> None:
+def check_output(output: str, image: str) -> None:
     """Refuse what could be known before the model is loaded: a format that is not written, the picture itself."""
     from pgfast.drawing import output_format
 
