@@ -14,18 +14,20 @@ from pathlib import Path
 from pgfast.errors import BundleError
 
 OPERATORS = {
-    "": frozenset(
-        "Add ArgMax Attention Cast Concat Constant Conv ConvTranspose DequantizeLinear Div Expand Gather GatherElements GatherND "
-        "Gelu Gemm Greater LayerNormalization Less LogSoftmax MatMul Max Mul Neg QuantizeLinear RMSNormalization Range ReduceMax "
-        "ReduceMin Relu Reshape RotaryEmbedding Shape Slice Softmax Split Squeeze Sub Tanh TensorScatter Transpose Unsqueeze "
-        "Where".split()
-    ),
-    "com.microsoft": frozenset(
-        "GatherBlockQuantized GroupQueryAttention MatMulIntegerToFloat MatMulNBits SkipSimplifiedLayerNormalization".split()
-    ),
-}
+    "": {
+        "Add", "ArgMax", "Attention", "Cast", "Concat", "Constant", "Conv", "ConvTranspose", "DequantizeLinear", "Div",
+        "Expand", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "LayerNormalization", "Less",
+        "LogSoftmax", "MatMul", "Max", "Mul", "Neg", "QuantizeLinear", "RMSNormalization", "Range", "ReduceMax", "ReduceMin",
+        "Relu", "Reshape", "RotaryEmbedding", "Shape", "Slice", "Softmax", "Split", "Squeeze", "Sub", "Tanh", "TensorScatter",
+        "Transpose", "Unsqueeze", "Where",
+    },
+    "com.microsoft": {
+        "GatherBlockQuantized", "GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits",
+        "SkipSimplifiedLayerNormalization",
+    },
+}  # fmt: skip
 """By domain: all that `pgfast export` writes."""
-MAY_LACK_INPUTS = frozenset(("Attention", "GroupQueryAttention", "RotaryEmbedding", "MatMulNBits", "GatherBlockQuantized"))
+MAY_LACK_INPUTS = {"Attention", "GroupQueryAttention", "RotaryEmbedding", "MatMulNBits", "GatherBlockQuantized"}
 """Where an input in front of others may be left out (an empty name)."""
 MOST_BYTES = 64 * 2**20
 """A graph without its weights has less than one."""

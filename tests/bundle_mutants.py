@@ -17,14 +17,17 @@ from pgfast.bundle import describe_file
 GRAPHS = ("decoder.onnx", "vision_encoder.onnx")
 DATA = tuple(f"{name}.data" for name in GRAPHS)
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 63, 64, 255, 2**23, 2**24, 2**31, 2**63, -(2**63), 2**64, 10**400, 0.0, -0.5, 1e-300, 1e300,
-    "", "x", "..", "../decoder.onnx", "/etc/hostname", "decoder.onnx.data", "\u0000", "é" * 300, "{text}", "{language}", "float32[B]",
+    None, True, False, 0, 1, -1, 2, 3, 7, 63, 64, 255, 2**23, 2**24, 2**31, 2**63, -(2**63), 2**64, 10**400,
+    0.0, -0.5, 1e-300, 1e300,
+    "", "x", "..", "../decoder.onnx", "/etc/hostname", "decoder.onnx.data", "\u0000", "é" * 300,
+    "{text}", "{language}", "float32[B]",
     [], [0], ["en"], [[[]]], {}, {"x": 1}, "NaN", "𐐷",
 )  # fmt: skip
 SIZES = (0, 1, 2, -1, -2, 3, 17, 127, 128, 1280, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63))
 LOCATIONS = (
     "", ".", "..", "../outside.data", "/etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "missing.data", "folder",
-    "folder/outside.data", "link/outside.data", "link.data", "loop", "pgfast.json", "tokenizer.json", "decoder.onnx", "./decoder.onnx.data",
+    "folder/outside.data", "link/outside.data", "link.data", "loop", "pgfast.json", "tokenizer.json",
+    "decoder.onnx", "./decoder.onnx.data",
     "x/../decoder.onnx.data", "decoder.onnx.data/", "..\\outside.data", "decoder.onnx.data\0x", "file:///etc/passwd", "é" * 300,
     "*/_ORT_MEM_ADDR_/*", "vision_encoder.onnx.data",
 )  # fmt: skip

@@ -77,7 +77,7 @@ for more in (64, 128, 256):
     try:
         engine._model.encode(pixels)
     except pgfast.errors.ProviderError as error:
-        print(str(error)[:50])
+        print(str(error)[:47])
     print(ask(engine))
 resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 print(len(engine._model.encode(pixels)), ask(engine))
@@ -85,11 +85,12 @@ print(len(engine._model.encode(pixels)), ask(engine))
 )
 
 
-def run(code: str, tmp_path: Path) -> str:
+def run(code: str, tmp_path: Path, *, silent: bool = True) -> str:
     script = tmp_path / "script.py"
     script.write_text(code)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert not (silent and done.stderr)
     return done.stdout
 
 
@@ -106,8 +107,9 @@ def test_spawned_processes_answer(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_memory_that_the_system_refuses_is_said_and_the_engine_goes_on(tmp_path: Path) -> None:
     """ONNX Runtime's own allocations fail here, by a limit on the process."""
-    failed = "the vision encoder fails on cpu: out of memory, f"
-    assert run(MEMORY, tmp_path) == f"{failed}\nblue\n" * 3 + "1500 blue\n"
+    failed = "the vision encoder fails on cpu: out of memory"
+    # ONNX Runtime says on stderr which node it was
+    assert run(MEMORY, tmp_path, silent=False) == f"{failed}\nblue\n" * 3 + "1500 blue\n"
 
 
 @pytest.mark.parametrize(
