@@ -78,8 +78,8 @@ for more in (64, 128, 256):
         engine._model.encode(pixels)
     except pgfast.errors.ProviderError as error:
         print(str(error)[:47])
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     print(ask(engine))
-resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 print(len(engine._model.encode(pixels)), ask(engine))
 """
 )
