@@ -77,7 +77,7 @@ for more in (64, 128, 256):
     try:
         engine._model.encode(pixels)
     except pgfast.errors.ProviderError as error:
-        print(str(error)[:47])
+        print(str(error).split(",")[0])
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     print(ask(engine))
 print(len(engine._model.encode(pixels)), ask(engine))
