@@ -46,14 +46,14 @@ class Bundle:
         try:
             for name, entry in manifest.files.items():
                 _check_file(folder, name, entry, full_check)
+            unlisted = {path.name for path in folder.iterdir() if path.suffix in (".onnx", ".data")} - set(manifest.files)
+            if unlisted:
+                raise BundleError(f"{min(unlisted)} is not in the manifest: nothing vouches for it, remove it or export again")
             sizes = {name: entry.size for name, entry in manifest.files.items()}
             for graph in manifest.graphs.values():
                 check_graph(folder / graph.file, sizes)
-            unlisted = {path.name for path in folder.iterdir() if path.suffix in (".onnx", ".data")} - set(manifest.files)
         except OSError as error:
             raise BundleError(f"{folder} cannot be read: {error}") from error
-        if unlisted:
-            raise BundleError(f"{min(unlisted)} is not in the manifest: nothing vouches for it, remove it or export again")
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:

@@ -42,10 +42,17 @@ def make_mutant(source: Path, folder: Path, seed: int) -> str:
         seed: Says what becomes damaged, and how.
     """
     rng = random.Random(seed)
-    shutil.copytree(source, folder, copy_function=os.link)
+    shutil.copytree(source, folder, copy_function=_link)
     kind = MUTATIONS[seed % len(MUTATIONS)]
     kind(folder, rng)
     return kind.__name__
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def put(path: Path, data: bytes) -> None:
