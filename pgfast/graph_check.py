@@ -15,8 +15,8 @@ from pgfast.errors import BundleError
 
 OPERATORS = {
     "": {
-        "Add", "ArgMax", "Attention", "Cast", "Concat", "Constant", "Conv", "ConvTranspose", "DequantizeLinear", "Div",
-        "Expand", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "LayerNormalization", "Less",
+        "Add", "ArgMax", "Attention", "Cast", "CastLike", "Concat", "Constant", "Conv", "ConvTranspose", "DequantizeLinear",
+        "Div", "Expand", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "LayerNormalization", "Less",
         "LogSoftmax", "MatMul", "Max", "Mul", "Neg", "QuantizeLinear", "RMSNormalization", "Range", "ReduceMax", "ReduceMin",
         "Relu", "Reshape", "RotaryEmbedding", "Shape", "Slice", "Softmax", "Split", "Squeeze", "Sub", "Tanh", "TensorScatter",
         "Transpose", "Unsqueeze", "Where",
