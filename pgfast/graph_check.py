@@ -53,12 +53,13 @@ def check_graph(path: Path, sizes: Mapping[str, int]) -> None:
     if path.suffix != ".onnx" or path.stat().st_size > MOST_BYTES:
         raise BundleError(f"{path.name} is not a graph: its name ends in .onnx, and weights are in a file of their own")
     try:
-        _check(path.read_bytes(), sizes)
+        check_bytes(path.read_bytes(), sizes)
     except ValueError as error:
         raise BundleError(f"{path.name} is not a graph that pgfast exports: {error}") from error
 
 
-def _check(model: bytes, sizes: Mapping[str, int]) -> None:
+def check_bytes(model: bytes, sizes: Mapping[str, int]) -> None:
+    """Do what `check_graph` does with the content of a file; what is wrong is a `ValueError`."""
     graphs = 0
     for field, value in _fields(model):
         if field in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
