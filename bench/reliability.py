@@ -81,7 +81,8 @@ def _soak(f: dict[str, Any]) -> list[str]:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in f["kinds"].items())
     flat = "flat" if f["slope"] <= MOST_SLOPE else "**not flat**"
     return [
-        f"Soak: {f['answers']:,} answers ({kinds}) from {f['threads']} threads in {f['seconds']:.0f} seconds; {f['wrong']} wrong. "
+        f"Soak: {f['answers']:,} answers ({kinds}) from {f['threads']} threads in {f['seconds']:.0f} seconds; "
+        f"{f['wrong']} wrong. "
         f"Resident memory {f['first'] / 1e6:.1f} MB after the first quarter, {f['last'] / 1e6:.1f} MB at the end, at most "
         f"{f['peak'] / 1e6:.1f} MB: {f['slope']:+.1f} bytes per answer (promised: at most {MOST_SLOPE:.0f}): {flat}. "
         f"Threads {f['more_threads']:+d}, open files {f['more_files']:+d}."
