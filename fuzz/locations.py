@@ -72,7 +72,8 @@ def check(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     check_objects(parse(text), scored=False)
     choices = Choices(data)
-    ids, logprobs = [], []
+    ids: list[int] = []
+    logprobs: list[float] = []
     while choices.left and len(ids) < 200:
         # a word or any marker; equal shares, though there are many more markers
         ids.append(len(MARKERS) + choices.number(len(WORDS)) if choices.number(3) == 0 else choices.number(len(MARKERS)))
