@@ -175,7 +175,7 @@ def test_a_graph_that_is_no_graph_is_the_bundles_fault(bundle: Path, tmp_path: P
     entry = describe_file(copy / "mask_decoder.onnx")
     raw["files"]["mask_decoder.onnx"] = {"sha256": entry.sha256, "size": entry.size}
     (copy / "pgfast.json").write_text(json.dumps(raw))
-    with pytest.raises(BundleError, match=r"mask_decoder\.onnx does not load"):
+    with pytest.raises(BundleError, match=r"mask_decoder\.onnx is not a graph"):
         MaskDecoder(Bundle.open(copy)).decode([[0] * 16])
     with pytest.raises(BundleError, match="the mask decoder fails"):
         MaskDecoder(Bundle.open(bundle)).decode([[128] * 16])

@@ -60,7 +60,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question about one picture; pickles, so it may travel to another process."""
+    """One question about one picture."""
 
     number: int
     """From 0, in the order of the input."""

@@ -182,8 +182,14 @@ class Decoder:
     def _allocate(self) -> None:
         if self._caches:
             return
-        caches = self._new_caches()
-        slots = self.slots
+        try:
+            self._new_buffers()
+        except Exception as error:  # the limits of a bundle may ask for more memory than there is
+            what = f"no room for {self.slots} sequences of {self._manifest.cache_length} positions"
+            raise failure(what, self._target, error) from error
+
+    def _new_buffers(self) -> None:
+        caches, slots = self._new_caches(), self.slots
         self._outputs = {
             "logits": SlotBuffer(self._target, (slots, self._manifest.dimensions.vocab_size), np.float32),
             "next_token": SlotBuffer(self._target, (slots, 1), np.int64),

@@ -7,6 +7,7 @@ slots at once; until so many are free it holds up those behind it, so it cannot 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -69,6 +70,7 @@ class Scheduler:
         self._together, self._max_burst, self._stall = together, max_burst, stall
         # guards the next three; entered by itself, because Ctrl-C can come into the middle of the condition's `with`
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[Ticket] = deque()
         self._closed = False
@@ -144,7 +146,9 @@ class Scheduler:
         ticket.finish(_cancelled())
 
     def close(self) -> None:
-        """Fail all requests and end the thread, after the run that it is in; again: nothing."""
+        """Fail all requests and end the thread, after the run that it is in; again, or in a fork of the process: nothing."""
+        if os.getpid() != self._process:  # the lock may be held by a thread that is not here
+            return
         with self._lock:
             self._closed = True
             left = list(self._waiting)
