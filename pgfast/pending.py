@@ -66,10 +66,7 @@ class Pending:
         if isinstance(self._row, ChoiceScores):
             return ""
         done, stop = self.done, self._options.stop  # first: tokens may come in between
-        ids = list(self._row.token_ids)
-        while ids and not done and self._tokenizer.byte(ids[-1]) is not None:
-            ids.pop()  # a byte that does not fit makes all bytes next to it question marks
-        text = cut_at_stop(self._tokenizer.decode(ids), stop)
+        text = cut_at_stop(self._tokenizer.decode(list(self._row.token_ids)), stop)
         return text if done else text[: safe_length(text, stop)]
 
     @property
@@ -88,11 +85,11 @@ class Pending:
         return ([], []) if answer is None else (list(answer.token_ids), list(answer.token_logprobs))
 
     def token_texts(self) -> TokenTexts:
-        """Start to say which token brings which part of the text; if it is `done`, for any bytes that the model made."""
-        return TokenTexts(self._tokenizer, self._tokenizer.decode(self.tokens()[0]) if self.done else None)
+        """Start to say which token brings which part of the text."""
+        return TokenTexts(self._tokenizer)
 
     def pieces(self) -> Iterator[str]:
-        """Yield pieces of text that add up to the whole, if it was submitted with `streaming`; leaving early cancels.
+        """Yield pieces that add up to the answer's text, if it was submitted with `streaming`; leaving early cancels.
 
         Raises:
             PgfastError: As in `result`.
@@ -100,7 +97,7 @@ class Pending:
         given = ""
         with contextlib.closing(self._ticket.progress()) as progress:
             for _ in progress:
-                text = self.text()
+                text = self.text().strip()
                 if text.startswith(given) and len(text) > len(given):
                     yield text[len(given) :]
                     given = text

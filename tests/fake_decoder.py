@@ -79,6 +79,9 @@ class FakeDecoder:
 
     def copy(self, source: int, target: int, first: int = 0) -> None:
         assert self.ids[source], "a free slot is copied"
+        assert source != target
+        shared = max(0, first - 1)  # the picture has one position
+        assert self.ids[target][:shared] == self.ids[source][:shared], "the target does not have what comes before"
         self.pictures[target], self.ids[target] = self.pictures[source], self.ids[source]
         self.prompt_lengths[target] = self.prompt_lengths[source]
 

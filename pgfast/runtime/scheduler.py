@@ -203,10 +203,10 @@ class Scheduler:
         quick = int(self._stall / self._prompt_seconds)
         with self._lock:
             together = list(islice(self._waiting, min(neighbours, self._together)))
-            kind = [(ticket.image_tokens, ticket.row.width) for ticket in together]
-            together = [ticket for i, ticket in enumerate(together) if kind[: i + 1] == kind[:1] * (i + 1)]
+            together = list(takewhile(lambda ticket: ticket.image_tokens == together[0].image_tokens, together))
             if together and together[0].row.width > 1:
                 together = together[:1] if together[0].row.width <= len(free) else []
+            together = list(takewhile(lambda ticket: ticket.row.width == together[0].row.width, together))
             patient = sum(1 for _ in takewhile(lambda ticket: ticket.patient, together))
             newcomers = together[: max(patient, quick, 1)]
             for ticket in newcomers:
@@ -269,11 +269,10 @@ class Scheduler:
     def _leave(self, ticket: Ticket, error: BaseException | None) -> None:
         for slot in ticket.slots:
             del self._running[slot]
-        try:
-            for slot in ticket.slots:
+            try:
                 self.decoder.release(slot)
-        except Exception as failed:  # noqa: BLE001 - the thread has others to serve
-            error = error or failed
+            except Exception as failed:  # noqa: BLE001 - the thread has others to serve
+                error = error or failed
         ticket.finish(error)
 
     def _fail_running(self, error: BaseException) -> None:

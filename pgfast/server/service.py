@@ -126,7 +126,7 @@ class AnswerService:
         try:
             while not done:
                 done = await question.changed(pending)
-                text = pending.text()
+                text = pending.text().strip()
                 if text.startswith(given) and len(text) > len(given):
                     yield text[len(given) :]
                     given = text
