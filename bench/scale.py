@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pgfast.image import open_image, squash
 from pgfast.manifest import ImageSpec
 from pgfast.scale.batch import answer_on_ray
 from pgfast.scale.cluster import HERE, Cluster, connected
+from pgfast.scale.columns import pack, unpack_result, unpack_row
 from pgfast.scale.processor import PgfastProcessorConfig, map_engines
 
 from .machine import describe
@@ -39,7 +39,7 @@ class Echo:
 
     def __call__(self, table: Any) -> dict[str, list[bytes]]:
         """As `RowsWorker`."""
-        return {"result": [pickle.dumps(self._result) for row in table["row"].to_pylist() if pickle.loads(row)]}
+        return {"result": [pack(self._result) for row in table["row"].to_pylist() if unpack_row(row)]}
 
 
 @click.command()
@@ -105,10 +105,10 @@ def echo(rows: list[Row], result: Result, size: int) -> tuple[float, int]:
     cluster = Cluster(HERE, 1, 1, None, "cpu", None)
     with connected(cluster):
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        blocks: Any = [ray.put(pa.table({"row": [pickle.dumps(row) for row in part]})) for part in parts]
+        blocks: Any = [ray.put(pa.table({"row": [pack(row) for row in part]})) for part in parts]
         dataset = map_engines(ray.data.from_arrow_refs(blocks), Echo, PgfastProcessorConfig(batch_size=size), result=result)
         batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-        _, seconds, found = timed(pickle.loads(value.as_py()) for batch in batches for value in batch["result"])
+        _, seconds, found = timed(unpack_result(value.as_py()) for batch in batches for value in batch["result"])
     return seconds, len(found) - size
 
 

@@ -22,7 +22,9 @@ from pgfast.manifest import MANIFEST, TOKENIZER, GraphSpec, Manifest
 
 from . import weights
 from .data_file import DataFile
-from .graphs import DECODER, Graph, describe
+from .graphs import DECODER, MASK_DECODER, Graph, describe
+from .mask_decoder import Weights, add_mask_decoder
+from .mask_decoder import read_weights as read_mask_weights
 from .plan import ExportOptions, Plan, bytes_of, make_plan, shape_and_type
 from .storage import Kind
 from .tensorrt_engines import add_engines, check_options
@@ -38,7 +40,7 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     """Write a bundle.
 
     Args:
-        checkpoint: A local Hugging Face folder, or a Hub id.
+        checkpoint: A local Hugging Face folder, or a Hub id; or a bundle, to add a mask decoder to a copy of it.
         out: Folder to create; it must not exist.
         options: Precision, target and prompt.
         on_progress: Called as weights are written.
@@ -50,6 +52,11 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
     """
     if os.path.lexists(out):
         raise ExportError(f"{out} exists: choose another folder or remove it")
+    masks = read_mask_weights(options.mask_decoder) if options.mask_decoder else None
+    if os.path.isfile(os.path.join(checkpoint, MANIFEST)):  # unlike pathlib, no exception for names that no system has
+        if masks is None or options != ExportOptions(mask_decoder=options.mask_decoder):
+            raise ExportError(f"{checkpoint} is a bundle already: --mask-decoder alone can be added to it")
+        return _extended(Bundle.open(Path(checkpoint)), out, masks)
     capabilities = check_options(options.target, options.compute_capabilities)
     samples = read_samples(options.verify_data) if options.verify_data else None
     plan = make_plan(checkpoint, options)
@@ -61,12 +68,25 @@ def export(checkpoint: str, out: Path, options: ExportOptions, on_progress: Prog
         manifest = dataclasses.replace(plan.manifest, files=_write_files(plan, partial, on_progress))
         manifest = dataclasses.replace(manifest, graphs=_with_shared_weights(plan))
         manifest = add_engines(manifest, partial, capabilities)
+        if masks is not None:  # after the engines: the runtime has it on the CPU whatever the target
+            manifest = add_mask_decoder(manifest, partial, masks)
         _write_manifest(manifest, partial)
         # read it back through the runtime's own checks: what it would refuse never gets a name
         written = Bundle.open(partial)
         if options.verify or samples:
             manifest = dataclasses.replace(manifest, parity=_verify(plan, written, samples, options.adapter))
             _write_manifest(manifest, partial)
+    return manifest
+
+
+def _extended(bundle: Bundle, out: Path, masks: Weights) -> Manifest:
+    """Write a bundle again with a mask decoder; files that stay are second names of the old ones where there are links."""
+    with appears_whole(out) as partial:
+        for name in bundle.manifest.files.keys() - {f"{MASK_DECODER}.onnx"}:
+            link(bundle.path(name), partial / name)
+        manifest = add_mask_decoder(bundle.manifest, partial, masks)
+        _write_manifest(manifest, partial)
+        Bundle.open(partial)
     return manifest
 
 
@@ -222,3 +242,13 @@ def appears_whole(out: Path) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):  # somebody else has put something there
                 parent.rmdir()
+
+
+def link(file: Path, name: Path) -> None:
+    """A second name for a file, or a copy where there are no links."""
+    try:
+        os.link(file, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
+            raise
+        shutil.copyfile(file, name)

@@ -46,6 +46,12 @@ from pgfast.errors import MissingDependencyError
 )
 @click.option("--max-images", type=int, help="Pictures in front of one prompt [default: up to 8 on cpu, elsewhere 1].")
 @click.option("--languages", help="Codes that prompts may name, separated by commas [default: the model card's 35].")
+@click.option(
+    "--mask-decoder",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Add the decoder of segment's masks from a .npz such as big_vision's vae-oid.npz; CHECKPOINT may be a bundle then.",
+)
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter of PEFT.")
 def export(
     checkpoint: str,
@@ -61,6 +67,7 @@ def export(
     block_size: str | None,
     max_images: int | None,
     languages: str | None,
+    mask_decoder: Path | None,
     adapter: Path | None,
 ) -> None:
     """Write the CHECKPOINT (a Hugging Face folder or Hub id) as a bundle into the new folder OUT."""
@@ -82,10 +89,11 @@ def export(
         int(block_size) if block_size else None,
         max_images,
         tuple(code.strip() for code in languages.split(",")) if languages else LANGUAGES,
+        mask_decoder,
     )
     if layout == "transformers.js":
         others = (verify, verify_data, answer_template, vision_precision, compute_capability, block_size, max_images, languages)
-        if any(others) or target != "cpu":
+        if any(others) or mask_decoder or target != "cpu":
             raise click.UsageError("of all other options --layout transformers.js takes only --precision and --adapter")
         from .transformersjs import export_transformersjs
 

@@ -17,7 +17,7 @@ from .layers import IR_VERSION, OPSET, ORT_DOMAIN, PLAIN, Dialect, Linear, Vocab
 from .siglip import VisionEncoder
 from .storage import Storage
 
-VISION_ENCODER, DECODER, DECODER_STEP = "vision_encoder", "decoder", "decoder_step"
+VISION_ENCODER, DECODER, DECODER_STEP, MASK_DECODER = "vision_encoder", "decoder", "decoder_step", "mask_decoder"
 
 
 Dims = Sequence[int | str]

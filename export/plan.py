@@ -70,6 +70,8 @@ class ExportOptions:
     """Pictures in front of one prompt; None: 8 on the CPU if the model has so many positions, elsewhere 1."""
     languages: tuple[str, ...] = LANGUAGES
     """Codes that prompts may name."""
+    mask_decoder: Path | None = None
+    """big_vision's `vae-oid.npz`, or one like it: the decoder of `segment`'s masks."""
 
 
 @dataclass(frozen=True, slots=True)

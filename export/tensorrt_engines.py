@@ -23,6 +23,8 @@ from pgfast.bundle import Bundle, describe_file
 from pgfast.errors import ExportError, MissingDependencyError
 from pgfast.manifest import MANIFEST, EngineEntry, FileEntry, Manifest, engine_file
 
+from .graphs import MASK_DECODER
+
 logger = logging.getLogger(__name__)
 
 TARGET = "tensorrt-rtx"
@@ -150,8 +152,9 @@ def refresh_engines(folder: Path, capabilities: Sequence[str] = ()) -> list[Engi
     check_capabilities(capabilities)
     stale, present = stale_engines(bundle), {engine.file for engine in manifest.engines}
     wanted = [(engine.graph, engine.compute_capability) for engine in manifest.engines if engine.file in stale]
+    graphs = sorted(manifest.graphs.keys() - {MASK_DECODER})  # that one runs on the CPU
     for capability in dict.fromkeys(capabilities):
-        wanted += [(graph, capability) for graph in sorted(manifest.graphs) if engine_file(graph, capability) not in present]
+        wanted += [(graph, capability) for graph in graphs if engine_file(graph, capability) not in present]
     if not wanted:
         return []
     check_capabilities([capability for _, capability in wanted])

@@ -11,7 +11,6 @@ links. They keep their names, because a graph names its data file.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from pgfast.bundle import Bundle
 from pgfast.errors import ExportError
 from pgfast.manifest import MANIFEST, GraphSpec, Manifest
 
-from .build import appears_whole, check_disk, export
+from .build import appears_whole, check_disk, export, link
 from .graphs import DECODER, VISION_ENCODER
 from .plan import ExportOptions
 
@@ -90,7 +89,7 @@ def export_triton(
             version.mkdir(parents=True)
             for file in (spec.file, f"{spec.file}.data"):
                 if file in manifest.files:
-                    _link(folder / file, version / file)
+                    link(folder / file, version / file)
             _write_config(partial / name, graph_config(name, spec, manifest.target, batch))
     return manifest
 
@@ -190,13 +189,3 @@ def _copy(bundle: Bundle, folder: Path) -> None:
     for name in (MANIFEST, *bundle.manifest.files):
         shutil.copyfile(bundle.path(name), folder / name)
     Bundle.open(folder, full_check=True)
-
-
-def _link(file: Path, name: Path) -> None:
-    """A second name for a file, or a copy where there are no links."""
-    try:
-        os.link(file, name)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
-            raise
-        shutil.copyfile(file, name)

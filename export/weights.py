@@ -169,9 +169,9 @@ def check_weights(checkpoint: Checkpoint, rows: Sequence[Row], *, tied: bool) ->
     have = checkpoint.names() - ({HEAD} if tied else set())  # a tied head saved all the same is a copy
     problems = []
     if missing := sorted(set(wanted) - have):
-        problems.append(f"missing: {_some(missing)}")
+        problems.append(f"missing: {some(missing)}")
     if extra := sorted(have - set(wanted)):
-        problems.append(f"unexpected: {_some(extra)}")
+        problems.append(f"unexpected: {some(extra)}")
     for name in sorted(have & set(wanted)):
         checkpoint.check_dtype(name)
     problems += [
@@ -180,9 +180,10 @@ def check_weights(checkpoint: Checkpoint, rows: Sequence[Row], *, tied: bool) ->
         if checkpoint.shape(name) != wanted[name]
     ]
     if problems:
-        raise WeightMismatchError("the checkpoint does not fit its config.json; " + _some(problems, 3, "; "))
+        raise WeightMismatchError("the checkpoint does not fit its config.json; " + some(problems, 3, "; "))
 
 
-def _some(items: Sequence[str], most: int = 4, joint: str = ", ") -> str:
+def some(items: Sequence[str], most: int = 4, joint: str = ", ") -> str:
+    """Join the first few; how many more there are comes last."""
     more = f"{joint}and {len(items) - most} more" if len(items) > most else ""
     return joint.join(items[:most]) + more

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgfast.errors import BundleError
+from pgfast.graph_check import check_graph
 from pgfast.manifest import MANIFEST, FileEntry, Manifest
 
 HASH_AT_LOAD = 64 * 2**20
 """Files up to this many bytes are hashed at every load, larger ones by `pgfast inspect --check`."""
+MOST_MANIFEST_BYTES = 16 * 2**20
+"""Of a large model it has a hundredth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Bundle:
         try:
             if not folder.is_dir():
                 raise BundleError(f"{folder} is not a bundle directory: make one with 'pgfast export CHECKPOINT {folder}'")
-            text = (folder / MANIFEST).read_text(encoding="utf-8")
+            text = _read_manifest(folder / MANIFEST)
         except FileNotFoundError as error:
             raise BundleError(f"{folder} has no {MANIFEST}: it is not a bundle, or its export was interrupted") from error
         except (OSError, UnicodeDecodeError) as error:
@@ -44,10 +47,13 @@ class Bundle:
             for name, entry in manifest.files.items():
                 _check_file(folder, name, entry, full_check)
             unlisted = {path.name for path in folder.iterdir() if path.suffix in (".onnx", ".data")} - set(manifest.files)
+            if unlisted:
+                raise BundleError(f"{min(unlisted)} is not in the manifest: nothing vouches for it, remove it or export again")
+            sizes = {name: entry.size for name, entry in manifest.files.items()}
+            for graph in manifest.graphs.values():
+                check_graph(folder / graph.file, sizes)
         except OSError as error:
             raise BundleError(f"{folder} cannot be read: {error}") from error
-        if unlisted:
-            raise BundleError(f"{min(unlisted)} is not in the manifest: nothing vouches for it, remove it or export again")
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:
@@ -64,6 +70,13 @@ def sha256_of(path: Path) -> str:
     """Hash a file, streaming."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> str:
+    # a pipe would be waited for, a device read without end
+    if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_MANIFEST_BYTES):
+        raise BundleError(f"{path} is not a manifest: a file of at most {MOST_MANIFEST_BYTES >> 20} MiB")
+    return path.read_text(encoding="utf-8")
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry, full_check: bool) -> None:

@@ -18,9 +18,11 @@ from pgfast.bundle import Bundle
 from pgfast.errors import InputError
 from pgfast.image import MAX_PIXELS, ImageInput
 from pgfast.manifest import TOKENIZER, Manifest
+from pgfast.masks import MaskDecoder
 from pgfast.pending import Pending
 from pgfast.pictures import PictureEncoder
 from pgfast.prompt import Tokenizer
+from pgfast.runtime.beam_search import BeamSearch
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.model import Model
 from pgfast.runtime.providers import Target
@@ -28,7 +30,7 @@ from pgfast.runtime.scheduler import Scheduler
 from pgfast.runtime.turns import STALL
 from pgfast.tasks import Tasks, task_prompt
 from pgfast.types import Answer, EncodedImage, GenerateOptions, LoadFigures, PreparedImage
-from pgfast.validation import check_options
+from pgfast.validation import check_options, check_stream
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +47,14 @@ class Engine(Tasks):
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         manifest = bundle.manifest
-        self._bundle, self._target = bundle, target
+        self._bundle, self._target, self._calibration = bundle, target, manifest.calibration
         with ThreadPoolExecutor(1) as pool:  # 257,000 entries take a second to parse: beside the graphs
             path, ids = bundle.path(TOKENIZER), (manifest.tokens.bos, manifest.dimensions.vocab_size)
             tokenizer = pool.submit(Tokenizer.open, path, *ids)
             self._model = Model(bundle, target, threads)
             self._tokenizer = tokenizer.result()
         self._pictures = PictureEncoder(manifest, self._model)
+        self._masks = MaskDecoder(bundle)
         self._scheduler = Scheduler(self._model.decoder, together=self._model.together, turns=self._model.turns, stall=STALL)
         # also before the interpreter ends: a thread that is inside onnxruntime then would crash it
         weakref.finalize(self, self._scheduler.close)
@@ -154,18 +157,21 @@ class Engine(Tasks):
         """
         start = time.perf_counter()
         options = check_options(options, self.manifest.limits.new_tokens)
+        if streaming:
+            check_stream(options)
         # texts first: they are cheap to refuse
         if question is not None and prompt is not None:
             raise InputError("give a question or a raw prompt, not both")
         ids = self._encode_prompt(self._answer_prompt(question, language) if prompt is None else prompt)
         choice_ids = self._encode_choices(choices)
-        row = self._generation(options) if choice_ids is None else ChoiceScores(choice_ids)
+        row = self._generation(options, ids) if choice_ids is None else ChoiceScores(choice_ids)
         checked = time.perf_counter() - start
         (encoded,), (preprocess, vision) = self._pictures.encode([image])
         ticket = self._scheduler.submit(
             row, encoded.image_features, ids, streaming=streaming, patient=patient, on_progress=on_progress
         )
-        return Pending(row, ticket, self._tokenizer, options, choices, start, checked + preprocess, vision)
+        seconds = (checked + preprocess, vision)
+        return Pending(row, ticket, self._tokenizer, options, choices, start, *seconds, self._calibration)
 
     def answer_batch(
         self,
@@ -204,9 +210,10 @@ class Engine(Tasks):
                 images, seconds = self._pictures.encode([image for image, _ in questions[part]], recent)
                 for image, prompt in zip(images, prompts[part], strict=True):
                     room.get()
-                    row, on_start = self._generation(options), partial(room.put, None)
+                    row, on_start = self._generation(options, prompt), partial(room.put, None)
                     ticket = self._scheduler.submit(row, image.image_features, prompt, patient=True, on_start=on_start)
-                    asked.append(Pending(row, ticket, self._tokenizer, options, None, start, *seconds))
+                    pending = Pending(row, ticket, self._tokenizer, options, None, start, *seconds, self._calibration)
+                    asked.append(pending)
                 while len(answers) < len(asked) and asked[len(answers)].done:
                     answers.append(asked[len(answers)].result())
             return answers + [pending.result() for pending in asked[len(answers) :]]
@@ -225,7 +232,7 @@ class Engine(Tasks):
         The prompt is checked at once. From the first piece on the model runs ahead of the reader; closing the iterator
         ends that.
         """
-        check_options(options, self.manifest.limits.new_tokens)
+        check_stream(check_options(options, self.manifest.limits.new_tokens))
         self._encode_prompt(prompt)
         encoded = self.encode_image(image)
 
@@ -258,13 +265,19 @@ class Engine(Tasks):
         parts = (images[first : first + most] for first in range(0, len(images), most))
         return [encoded for part in parts for encoded in self._pictures.encode(part)[0]]
 
-    def _generation(self, options: GenerateOptions) -> Generation:
+    def _generation(self, options: GenerateOptions, prompt: list[int]) -> Generation | BeamSearch:
         decode, stop = self._tokenizer.decode, options.stop  # not the engine: rows live in the scheduler's thread
-        return Generation(
+        decoder = self._model.decoder
+        if options.beams > decoder.slots:
+            raise InputError(f"beams is {options.beams}: this engine has room for {decoder.slots}")
+        if options.beams > 1 and not decoder.copies:
+            raise InputError("beams need the CPU provider: there is no copy within a GPU's cache yet")
+        return (Generation if options.beams == 1 else BeamSearch)(
             options,
             max_new_tokens=options.max_new_tokens or self.manifest.limits.new_tokens,
             eos_id=self.manifest.tokens.eos,
             stopped=lambda ids: any(text in decode(ids) for text in stop),
+            context=[self.manifest.tokens.image, *prompt],
         )
 
     def _answer_prompt(self, question: str | None, language: str) -> str:

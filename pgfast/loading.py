@@ -9,6 +9,7 @@ from pgfast.bundle import Bundle
 from pgfast.engine import Engine
 from pgfast.errors import InputError, ProviderError
 from pgfast.runtime.providers import Target, candidates, check_available, engine_cache
+from pgfast.runtime.session import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,11 @@ def load(
         try:
             check_available(name)
             engine = Engine(opened, target, threads)
-        except ProviderError as error:
+        except (ProviderError, MemoryError) as error:
+            failure = error if isinstance(error, ProviderError) else out_of_memory(f"the bundle on {name}", error)
             if provider != "auto":
-                raise
-            failures.append(str(error))
+                raise failure from error
+            failures.append(str(failure))
             continue
         logger.info("running on %s", name)
         if name == "tensorrt-rtx" and (stale := manifest.engines_of_other_graphs()):

@@ -120,7 +120,9 @@ class Calibration:
     ece_before: float
     """Expected calibration error of the plain confidence, on questions that the temperature was not fitted to."""
     ece_after: float
+    """With the temperature, on the same questions."""
     questions: int
+    """How many those were."""
 
 
 @dataclass(frozen=True, slots=True)

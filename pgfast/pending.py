@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgfast.calibration import UNSURE, calibrate
+from pgfast.manifest import Calibration
 from pgfast.prompt import Tokenizer, cut_at_stop, safe_length
+from pgfast.runtime.beam_search import BeamSearch
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.ticket import Ticket
 from pgfast.token_texts import TokenTexts
@@ -19,7 +22,7 @@ from pgfast.types import Answer, GenerateOptions, Timings
 class Pending:
     """A question that the engine works on; made by `Engine.submit`."""
 
-    _row: Generation | ChoiceScores
+    _row: Generation | BeamSearch | ChoiceScores
     _ticket: Ticket
     _tokenizer: Tokenizer
     _options: GenerateOptions
@@ -28,6 +31,7 @@ class Pending:
     """`time.perf_counter` when its picture was taken up."""
     _preprocess: float
     _vision: float
+    _calibration: Calibration | None
 
     @property
     def done(self) -> bool:
@@ -74,18 +78,18 @@ class Pending:
     def tokens(self) -> tuple[list[int], list[float]]:
         """Return ids and natural log-probabilities so far; of choices nothing before the end, and then the best one's."""
         row = self._row
-        if isinstance(row, Generation):
+        if not isinstance(row, ChoiceScores):
             logprobs = list(row.token_logprobs)  # first: the engine's thread appends to it last
             return row.token_ids[: len(logprobs)], logprobs
         answer = self.result() if self.done else None
         return ([], []) if answer is None else (list(answer.token_ids), list(answer.token_logprobs))
 
     def token_texts(self) -> TokenTexts:
-        """Start to say which token brings which part of the text; if it is `done`, for any bytes that the model made."""
-        return TokenTexts(self._tokenizer, self._tokenizer.decode(self.tokens()[0]) if self.done else None)
+        """Start to say which token brings which part of the text."""
+        return TokenTexts(self._tokenizer)
 
     def pieces(self) -> Iterator[str]:
-        """Yield pieces of text that add up to the whole, if it was submitted with `streaming`; leaving early cancels.
+        """Yield pieces that add up to the answer's text, if it was submitted with `streaming`; leaving early cancels.
 
         Raises:
             PgfastError: As in `result`.
@@ -93,7 +97,7 @@ class Pending:
         given = ""
         with contextlib.closing(self._ticket.progress()) as progress:
             for _ in progress:
-                text = self.text()
+                text = self.text().strip()
                 if text.startswith(given) and len(text) > len(given):
                     yield text[len(given) :]
                     given = text
@@ -108,12 +112,17 @@ class Pending:
 
     def _answer(self, text: str, ids: Sequence[int], logprobs: Sequence[float], chances: dict[str, float] | None) -> Answer:
         ticket, row = self._ticket, self._row
+        confidence, calibrated = float(np.exp(sum(logprobs))), None
+        if self._calibration is not None:
+            calibrated = calibrate(confidence, self._calibration.temperature)
+        least = self._options.min_confidence
+        unsure = least is not None and (confidence if calibrated is None else calibrated) < least
         return Answer(
-            text=text,
-            confidence=float(np.exp(sum(logprobs))),
+            text=UNSURE if unsure else text,
+            confidence=confidence,
             token_ids=tuple(ids),
             token_logprobs=tuple(logprobs),
-            finish_reason="length" if isinstance(row, Generation) and row.finish_reason == "length" else "stop",
+            finish_reason="length" if not isinstance(row, ChoiceScores) and row.finish_reason == "length" else "stop",
             choices=chances,
             timings=Timings(
                 preprocess=self._preprocess,
@@ -123,4 +132,6 @@ class Pending:
                 ttft=ticket.first_token - self._start,
                 total=ticket.ended - self._start,
             ),
+            calibrated=calibrated,
+            unsure_of=text if unsure else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -10,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pgfast.errors import InputError
+from pgfast.errors import InputError, PgfastError
 from pgfast.image import MAX_PIXELS, ImageInput, normalize, open_image, squash
 from pgfast.manifest import Manifest
 from pgfast.runtime.buffers import DeviceFeatures
@@ -31,6 +32,7 @@ class PictureEncoder:
 
     def __init__(self, manifest: Manifest, model: Model) -> None:
         self._manifest, self._model = manifest, model
+        self._process = os.getpid()
         # tells encoded images of this vision encoder from those of another
         names = (manifest.graphs["vision_encoder"].file, f"{manifest.graphs['vision_encoder'].file}.data")
         hashes = (manifest.files[name].sha256 for name in names if name in manifest.files)
@@ -67,7 +69,12 @@ class PictureEncoder:
 
         Raises:
             InputError: A picture cannot be used, or an `EncodedImage` is another bundle's.
+            PgfastError: The process was forked after the engine was loaded.
         """
+        if os.getpid() != self._process:  # threads do not survive a fork: nobody would answer
+            raise PgfastError(
+                "the engine was loaded before this process was forked: load it here, or start processes with spawn"
+            )
         start = time.perf_counter()
         recent = {} if recent is None else recent
         known = {id(image): recent.get(id(image), image) for image in images}

@@ -6,9 +6,11 @@ A prompt is `<bos>`, the tokens of the text, and the newline tokenized on its ow
 
 from __future__ import annotations
 
+import codecs
 import logging
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +76,10 @@ class Tokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self._unknown_id = tokenizer.token_to_id("<unk>")
         self._reserved_ids = {id for id, token in added.items() if _RESERVED.fullmatch(token.content)} - {self._unknown_id}
+        self._special_ids = {id for id, token in added.items() if token.special}
+        byte_ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        # of byte fallback, which has all of them
+        self._bytes: dict[int, int] = {} if None in byte_ids else {id: byte for byte, id in enumerate(byte_ids)}
         self._location_ids = {id for id, token in added.items() if _LOCATION.fullmatch(token.content)}
 
     def _ids(self, text: str) -> list[int]:
@@ -152,7 +158,8 @@ class Tokenizer:
             raise InputError("choices is empty: give at least one answer")
         seen = dict[tuple[int, ...], str]()
         for choice in choices:
-            ids = (*self.encode_suffix(choice, max_tokens=max_tokens), eos_id)
+            # as an answer, which has no blanks around it
+            ids = (*self.encode_suffix(choice.strip(), max_tokens=max_tokens), eos_id)
             if len(ids) > max_tokens:
                 raise InputError(f"the choice {choice[:40]!r} has {len(ids)} tokens: this bundle makes at most {max_tokens}")
             if ids in seen:
@@ -163,19 +170,41 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids; `<loc>` and `<seg>` markers stay, `<eos>` and the like do not.
 
-        Bytes at the end that are not a whole character yet are left out: with byte fallback they would turn the
-        characters before them into question marks too.
+        Further ids only add to it. So bytes at the end that may still become a character are left out, and with byte
+        fallback those that cannot are U+FFFD and leave the characters before them as they are (the tokenizers library
+        replaces all bytes in a row when one does not fit).
         """
-        for dropped in range(4):
+        if self._bytes:
+            ids = self._mend_bytes(ids) if not self._bytes.keys().isdisjoint(ids) else ids
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        for dropped in range(4):  # a decoder that joins bytes by itself
             text = str(self._tokenizer.decode(list(ids[: len(ids) - dropped]), skip_special_tokens=True))
             if not text.endswith("\ufffd") or dropped >= len(ids):
                 return text
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def _mend_bytes(self, ids: Sequence[int]) -> list[int]:
+        """Return ids whose bytes are UTF-8: what is not becomes the bytes of U+FFFD, half a character at the end nothing."""
+        seen = [id for id in ids if id not in self._special_ids and self._tokenizer.id_to_token(id) is not None]
+        groups = [(are_bytes, list(group)) for are_bytes, group in groupby(seen, self._bytes.__contains__)]
+        token_of = {byte: id for id, byte in self._bytes.items()}
+        mended = list[int]()
+        for number, (are_bytes, group) in enumerate(groups, 1):
+            if are_bytes:
+                data = bytes(self._bytes[id] for id in group)
+                text, _ = codecs.utf_8_decode(data, "replace", number < len(groups))  # type: ignore[attr-defined, unused-ignore]
+                group = [token_of[byte] for byte in text.encode()]
+            mended += group
+        return mended
+
     def byte(self, id: int) -> bytes | None:
         """Return the byte that a token of byte fallback (`<0xE2>`) stands for; None: it is another token."""
         found = _BYTE.fullmatch(self._tokenizer.id_to_token(id) or "")
         return bytes.fromhex(found[1]) if found else None
+
+    def location(self, id: int) -> str | None:
+        """Return the token of a box or a mask, such as `<loc0512>`; None: it is another token."""
+        return str(self._tokenizer.id_to_token(id)) if id in self._location_ids else None
 
     def decode_with_markers(self, ids: Sequence[int]) -> str:
         """Return the text of ids with `<bos>`, `<eos>` and all other markers, to look at."""

@@ -37,14 +37,13 @@ class TokenTexts:
 
     Args:
         tokenizer: The bundle's.
-        whole: Text of all ids, if it is known. Without it bytes that turn out not to be UTF-8, which change the characters
-            before them too, end the texts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, whole: str | None = None) -> None:
-        self._tokenizer, self.whole = tokenizer, whole
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._text = ""
+        self.text = ""
+        """Of the ids so far."""
         self._open: list[int] = []
 
     @property
@@ -61,12 +60,10 @@ class TokenTexts:
         self._ids.append(id)
         # all of them: a token's text depends on those before it (spaces, bytes of one character)
         text = self._tokenizer.decode(self._ids)
-        while self.whole is not None and not self.whole.startswith(text):
-            text = text[:-1]
-        start, settled = len(self._text), self._open
-        if len(text) <= start or not text.startswith(self._text):
+        start, settled = len(self.text), self._open
+        if len(text) <= start or not text.startswith(self.text):
             return []
-        new, self._text, self._open = text[start:], text, []
+        new, self.text, self._open = text[start:], text, []
         own = [self._tokenizer.byte(self._ids[index]) for index in settled]
         if None in own or b"".join(byte or b"" for byte in own) != new.encode():
             return [TokenText(settled[-1], start, new, new.encode())]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -28,6 +30,14 @@ class GenerateOptions:
     """The same seed gives the same text, alone or in any batch; None: a new draw each time."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens less probable that the prompt or the text holds already (as in transformers); 1: off."""
+    beams: int = 1
+    """Search with so many beginnings at a time for the most probable text; 1: no search. Not with sampling or streams."""
+    length_penalty: float = 1.0
+    """With beams: a text's log-probability is divided by its length to this power, so more prefers longer texts."""
+    min_confidence: float | None = None
+    """An answer that is less certain becomes "unsure" (see `Answer.unsure_of`); None: none does. Not for streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +71,65 @@ class Answer:
     token_ids: tuple[int, ...]
     """Generated ids; the last one is `<eos>` when `finish_reason` is "stop" and no stop text was met."""
     token_logprobs: tuple[float, ...]
-    """Natural log-probability of each id, before temperature, top_p and top_k."""
+    """Natural log-probability of each id, before temperature, top_p, top_k and repetition_penalty."""
     finish_reason: Literal["stop", "length"]
     """"stop": the model ended the answer, or a stop text was met; "length": max_new_tokens was reached."""
     choices: dict[str, float] | None
     """Probability of each choice given that one of them is the answer; None if none were given."""
     timings: Timings
+    calibrated: float | None = None
+    """Chance that the answer is right: `confidence` with the manifest's calibration; None: the bundle has none."""
+    unsure_of: str | None = None
+    """What the text was before `min_confidence` made it "unsure"; confidence, tokens and choices are still about this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """An object in a picture."""
+
+    label: str
+    box: tuple[float, float, float, float]
+    """x0, y0, x1, y1 in pixels of the picture as it was given, upright; x0 < x1 and y0 < y1, all inside the picture."""
+    score: float
+    """Probability that the model writes this box with this label: the product of their tokens' probabilities.
+
+    Four edges and a label are in it, so it is far below what detectors call a score; it ranks boxes of one model.
+    """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment(Detection):
+    """An object in a picture, with its mask; equal ones have equal labels, boxes and scores."""
+
+    mask: NDArray[np.bool_] | None
+    """[H, W] of the picture as it was given, upright; None: the model wrote no 16 codes, or the bundle has no mask decoder."""
+
+
+T = TypeVar("T", bound=Detection)
+
+
+class Found(list[T]):
+    """Objects in the order in which the model named them.
+
+    Args:
+        found: The objects.
+        answer: The model's text, with its tokens.
+        width: Of the picture as it was given, upright, in pixels.
+        height: Of that picture.
+        problems: What in the text was malformed and what became of it; empty when all is well.
+    """
+
+    def __init__(self, found: Iterable[T], *, answer: Answer, width: int, height: int, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(found)
+        self.answer, self.width, self.height, self.problems = answer, width, height, problems
+
+
+class Detections(Found[Detection]):
+    """What `detect` found."""
+
+
+class Segments(Found[Segment]):
+    """What `segment` found."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

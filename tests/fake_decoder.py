@@ -77,6 +77,14 @@ class FakeDecoder:
         assert length <= len(self.ids[row])
         self.ids[row] = self.ids[row][:length]
 
+    def copy(self, source: int, target: int, first: int = 0) -> None:
+        assert self.ids[source], "a free slot is copied"
+        assert source != target
+        shared = max(0, first - 1)  # the picture has one position
+        assert self.ids[target][:shared] == self.ids[source][:shared], "the target does not have what comes before"
+        self.pictures[target], self.ids[target] = self.pictures[source], self.ids[source]
+        self.prompt_lengths[target] = self.prompt_lengths[source]
+
     def release(self, row: int) -> None:
         self.ids[row] = ()
 

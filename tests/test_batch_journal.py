@@ -117,7 +117,7 @@ def test_all_lines_have_the_same_keys(tmp_path: Path) -> None:
         path = tmp_path / f"{timings}.jsonl"
         write(path, RESULTS, timings=timings)
         keys = {tuple(json.loads(line)) for line in path.read_bytes().splitlines()}
-        last = ("choices", "timings", "error") if timings else ("choices", "error")
+        last = ("choices", "calibrated", "unsure_of", *(("timings", "error") if timings else ("error",)))
         assert keys == {("row", "id", "image", "question", "prompt", "text", "confidence", "finish_reason", *last)}
 
 
@@ -181,11 +181,11 @@ def test_what_is_no_output_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not as a run's results"):
         Journal(mine, RUN)
     assert mine.read_text() == "my own,file\n"
-    for damage in ("", "{", "[]", '{"format": 1}', '{"format": 1, "run": {}, "finished": {"rows": null}}'):
+    for damage in ("", "{", "[]", '{"format": 2}', '{"format": 2, "run": {}, "finished": {"rows": null}}'):
         (tmp_path / "mine.csv.run.json").write_text(damage)
         with pytest.raises(InputError, match="is damaged"):
             Journal(mine, RUN)
-    (tmp_path / "mine.csv.run.json").write_text('{"format": 2, "run": {}, "finished": null}')
+    (tmp_path / "mine.csv.run.json").write_text('{"format": 3, "run": {}, "finished": null}')
     with pytest.raises(InputError, match="another version"):
         Journal(mine, RUN)
     os.mkfifo(tmp_path / "pipe.csv")

@@ -57,7 +57,8 @@ def test_the_command_measures_a_bundle(opened: list[Any], tmp_path: Path, capsys
     lines = printed.splitlines()
     assert lines[0] == "accuracy (official) of easy-VQA, a slice"
     assert re.fullmatch(r"overall +\d+\.\d\d +60", lines[1])
-    assert {line.split("  ")[0] for line in lines[2:]} == {"yes/no", "other", *easy_vqa_data.KINDS}
+    end = lines.index("")  # the confidence comes next
+    assert {line.split("  ")[0] for line in lines[2:end]} == {"yes/no", "other", *easy_vqa_data.KINDS}
     assert "questions 60/60" in err
     summary = json.loads((out / "summary.json").read_text())
     assert summary["model"]["digest"] == pgfast.load(provider="cpu").manifest.digest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pgfast.errors import ImageError
-from pgfast.image import BAND, open_image, to_pixel_values
+from pgfast.image import open_image, to_pixel_values
+from pgfast.image_colors import BAND
 from pgfast.manifest import ImageSpec
 
 
@@ -53,6 +55,42 @@ def test_path_bytes_pil_and_array_give_the_same_pixels(tmp_path: Path) -> None:
     wanted = to_pixel_values(image, spec(64))
     for given_as in (tmp_path / "a.png", str(tmp_path / "a.png"), data, bytearray(data), np.asarray(image)):
         np.testing.assert_array_equal(to_pixel_values(open_image(given_as), spec(64)), wanted)
+
+
+def test_arrays_of_every_layout(tmp_path: Path) -> None:
+    rgb = np.asarray(noise(33, 21))
+    rgba = np.dstack([rgb, np.full((21, 33), 128, np.uint8)])
+    locked = rgb.copy()
+    locked.flags.writeable = False
+    wanted = np.asarray(open_image(rgb))
+    np.testing.assert_array_equal(wanted, rgb)
+    for given_as in (
+        locked,
+        np.asfortranarray(rgb),
+        np.repeat(rgb, 2, axis=1)[:, ::2],
+        rgb[::-1][::-1],
+        rgb[..., ::-1][..., ::-1],
+    ):
+        np.testing.assert_array_equal(np.asarray(open_image(given_as)), wanted)
+    for gray in (rgb[..., 0], rgb[..., :1]):
+        np.testing.assert_array_equal(np.asarray(open_image(gray)), rgb[..., :1].repeat(3, axis=2))
+    on_white = rgb * (128 / 255) + 255 * (127 / 255)
+    assert np.abs(np.asarray(open_image(rgba)) - on_white).max() <= 1.01
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(open_image(rgba)), np.asarray(open_image(tmp_path / "a.png")))
+    gaps = memoryview(np.repeat(np.frombuffer((tmp_path / "a.png").read_bytes(), np.uint8), 2))[::2]
+    np.testing.assert_array_equal(np.asarray(open_image(gaps)), np.asarray(open_image(rgba)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 10_000), (10_000, 1), (3840, 2160)])
+def test_extreme_sizes_equal_the_siglip_processor(width: int, height: int) -> None:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    half = [0.5, 0.5, 0.5]
+    processor = SiglipImageProcessorPil(size={"height": 224, "width": 224}, image_mean=half, image_std=half, resample=3)
+    pixels = np.asarray(noise(width, height))
+    wanted = np.asarray(processor(images=Image.fromarray(pixels), return_tensors="np")["pixel_values"])
+    np.testing.assert_allclose(to_pixel_values(open_image(pixels), spec(224)), wanted, atol=1e-5)
 
 
 def test_exif_orientation_is_applied() -> None:
@@ -113,7 +151,7 @@ def test_sixteen_bits_are_scaled_not_clipped(mode: str, tmp_path: Path) -> None:
     else:
         image = Image.frombytes("I;16B", (256, 4), ramp.astype(">u2").tobytes())
     assert image.mode == mode
-    np.testing.assert_array_equal(np.asarray(open_image(image))[0, :, 0], ramp[0] // 257)
+    np.testing.assert_array_equal(np.asarray(open_image(image))[0, :, 0], ramp[0] >> 8)
 
 
 @pytest.mark.parametrize("image", [Image.new("F", (4, 4)), Image.new("I", (4, 4), 10**6), Image.new("I", (4, 4), -1)])
@@ -161,14 +199,29 @@ def test_many_scans_are_refused_and_what_only_looks_like_them_is_not(tmp_path: P
         open_image(hidden)
 
 
+def icon() -> bytes:
+    buffer = io.BytesIO()
+    noise(32, 32).save(buffer, "ICO")
+    return buffer.getvalue()
+
+
 def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
     """Name to (what is given, what the message must contain)."""
     files = {
         "truncated.jpg": jpeg()[:700],
         "text.png": b"this is a text file\n",
+        "unicode.png": "Ein Bild \u2026 f\u00fcr sp\u00e4ter. ".encode() * 40,
+        "page.jpg": b"\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>",
+        "drawing.svg": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "paper.pdf": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+        "archive.zip": b"PK\x03\x04\x14\0\0\0\x08\0",
+        "clip.mp4": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41",
+        "icon.ico": icon(),
+        "unknown.bin": bytes(range(128, 256)) * 4,
         "empty.png": b"",
         "bomb.png": png_of_size(50_000, 50_000),
         "large.png": png_of_size(10_000, 8_500),
+        "long.png": png_of_size(1, 79_000_000),
         "short.png": png_of_size(300, 300),
     }
     for name, data in files.items():
@@ -179,27 +232,52 @@ def bad_pictures(folder: Path) -> dict[str, tuple[object, str]]:
         "missing": (folder / "nowhere.png", "does not exist"),
         "truncated": (folder / "truncated.jpg", "damaged"),
         "text": (folder / "text.png", "not a picture"),
-        "empty": (folder / "empty.png", "not a picture"),
+        "unicode": (folder / "unicode.png", "not a picture but text"),
+        "web page": (folder / "page.jpg", "not a picture but a web page"),
+        "drawing": (folder / "drawing.svg", "SVG drawing: save it as PNG"),
+        "pdf": (folder / "paper.pdf", "a PDF: save the page as PNG"),
+        "archive": (folder / "archive.zip", "unpack it first"),
+        "video": (folder / "clip.mp4", "a video"),
+        "icon": (folder / "icon.ico", "not a picture in a known format"),
+        "unknown": (folder / "unknown.bin", "not a picture in a known format"),
+        "empty": (folder / "empty.png", "is empty (0 bytes)"),
+        "address": ("https://example.org/a.png", "an address, not a file"),
+        "null byte": ("a\0b.png", "cannot be read"),
         "bomb": (folder / "bomb.png", "bomb"),
         "large": (folder / "large.png", "pixels"),
+        "long": (folder / "long.png", "a side has at most 65,535"),
         "short": (folder / "short.png", "damaged"),
         "folder": (folder / "folder.png", "folder"),
-        "postscript": (folder / "script.eps", "not a picture"),
-        "empty bytes": (b"", "not a picture"),
-        "float array": (np.zeros((4, 4, 3), np.float32), "uint8"),
-        "gray array": (np.zeros((4, 4), np.uint8), "uint8"),
+        "postscript": (folder / "script.eps", "PostScript"),
+        "empty bytes": (b"", "is empty (0 bytes)"),
+        "channels first": (np.zeros((3, 8, 9), np.uint8), "transpose(1, 2, 0)"),
+        "batch": (np.zeros((1, 8, 9, 3), np.uint8), "array[0]"),
+        "two channels": (np.zeros((8, 9, 2), np.uint8), "uint8"),
+        "float array": (np.zeros((4, 4, 3), np.float64), "(array * 255).round"),
+        "bool array": (np.zeros((4, 4), np.bool_), "astype(numpy.uint8) * 255"),
+        "16-bit array": (np.zeros((4, 4), np.uint16), ">> 8"),
+        "large array": (np.broadcast_to(np.uint8(0), (9000, 9000)), "9000 x 9000 pixels"),
+        "long array": (np.broadcast_to(np.uint8(0), (1, 70_000)), "70000 x 1 pixels: a side"),
         "zero array": (np.zeros((0, 4, 3), np.uint8), "uint8"),
         "number": (3, "int"),
     }
 
 
-BAD = ("missing", "truncated", "text", "empty", "bomb", "large", "short", "folder", "postscript", "empty bytes")
-BAD_VALUES = ("float array", "gray array", "zero array", "number")
+BAD = (
+    *("missing", "truncated", "text", "unicode", "web page", "drawing", "pdf", "archive", "video", "icon", "unknown", "empty"),
+    *("bomb", "large", "long", "short", "folder", "postscript", "empty bytes", "address", "null byte"),
+)
+BAD_VALUES = (
+    *("float array", "bool array", "16-bit array", "channels first", "batch", "two channels", "large array", "long array"),
+    *("zero array", "number"),
+)
 
 
 @pytest.mark.parametrize("name", BAD + BAD_VALUES)
 def test_bad_pictures_get_one_clear_line(name: str, tmp_path: Path) -> None:
-    given_as, message = bad_pictures(tmp_path)[name]
-    with pytest.raises(ImageError, match=message) as caught:
+    pictures = bad_pictures(tmp_path)
+    assert set(pictures) == {*BAD, *BAD_VALUES}
+    given_as, message = pictures[name]
+    with pytest.raises(ImageError, match=re.escape(message)) as caught:
         open_image(given_as)
     assert "\n" not in str(caught.value)

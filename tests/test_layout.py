@@ -31,6 +31,8 @@ COMMANDS = (
     "caption",
     "ocr",
     "question",
+    "detect",
+    "segment",
 )
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
@@ -61,9 +63,11 @@ def test_the_public_api_keeps_its_signatures() -> None:
     assert parameters(engine.answer_batch) == "self, questions, language, options"
     assert parameters(engine.generate) == "self, image, prompt, options"
     assert parameters(engine.stream) == "self, image, prompt, options"
+    assert parameters(engine.detect) == "self, image, labels, options"
+    assert parameters(engine.segment) == "self, image, labels, options"
     assert parameters(engine.encode_image) == "self, image"
-    assert parameters(pgfast.GenerateOptions) == "max_new_tokens, temperature, top_p, top_k, seed, stop"
-    fields = "text, confidence, token_ids, token_logprobs, finish_reason, choices, timings"
+    assert parameters(pgfast.GenerateOptions) == "max_new_tokens, temperature, top_p, top_k, seed, stop, min_confidence"
+    fields = "text, confidence, token_ids, token_logprobs, finish_reason, choices, timings, calibrated, unsure_of"
     assert parameters(pgfast.Answer) == fields
     assert parameters(pgfast.Timings) == "preprocess, vision, prefill, decode, ttft, total"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfast.runtime.sampling import log_softmax, sample
+from pgfast.runtime.sampling import log_softmax, penalise, sample
 
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], np.float32)
 
@@ -57,3 +60,26 @@ def test_any_logits_give_a_valid_token(values: list[float], temperature: float, 
     assert 0 <= token < len(values)
     if top_k == 1 or temperature < 1e-40:
         assert logits[token] == logits.max()
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 4000}, {"top_p": 0.98}])
+def test_the_last_bits_of_the_logits_do_not_change_what_a_seed_draws(settings: dict[str, float]) -> None:
+    """As between batches of different sizes. Sorted by probability, neighbours would change places and be drawn instead."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1, 50_000).astype(np.float32)
+    other = (logits.astype(np.float64) * (1 + rng.uniform(-1e-6, 1e-6, logits.size))).astype(np.float32)
+    options: Any = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
+    drawn = [[sample(x, rng=np.random.default_rng(seed), **options) for seed in range(100)] for x in (logits, other)]
+    assert sum(a != b for a, b in zip(*drawn, strict=True)) <= 1
+
+
+def test_penalised_scores_are_those_of_transformers() -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    scores = np.random.default_rng(0).normal(0, 3, 50).astype(np.float32)
+    before, ids = scores.copy(), [3, 7, 7, 49, 0]
+    for penalty in (1.3, 0.6, 1.0):
+        wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), torch.from_numpy(scores[None].copy()))
+        np.testing.assert_array_equal(penalise(scores, ids, penalty), wanted[0].numpy())
+    np.testing.assert_array_equal(scores, before)

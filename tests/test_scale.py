@@ -257,7 +257,7 @@ def test_prompts_options_and_postprocess(engine: pgfast.Engine) -> None:
     result = worker()(table)
     assert result.column_names == [
         *("id", "image", "prompt", "question", "options"),
-        *("text", "confidence", "finish_reason", "token_logprobs", "choice_probabilities", ERROR),
+        *("text", "confidence", "finish_reason", "token_logprobs", "calibrated", "unsure_of", "choice_probabilities", ERROR),
     ]
     assert result["text"].to_pylist() == [answer.text] * 3
     assert result.schema.field("choice_probabilities").type == pyarrow.list_(pyarrow.float64())  # though no row has any

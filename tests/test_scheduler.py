@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from pgfast import GenerateOptions
 from pgfast.errors import OverloadedError, PgfastError, ProviderError
+from pgfast.runtime.beam_search import BeamSearch
 from pgfast.runtime.generation import ChoiceScores, Generation
 from pgfast.runtime.sampling import log_softmax, sample
 from pgfast.runtime.scheduler import Scheduler, Ticket
@@ -25,9 +27,9 @@ ENDLESS = 30
 SIX = GenerateOptions(max_new_tokens=6)
 
 
-def generation(options: GenerateOptions = SIX, eos: int = EOS) -> Generation:
+def generation(options: GenerateOptions = SIX, eos: int = EOS) -> Any:
     stop = options.stop
-    return Generation(
+    return (Generation if options.beams == 1 else BeamSearch)(
         options,
         max_new_tokens=options.max_new_tokens or 6,
         eos_id=eos,
@@ -42,6 +44,8 @@ def endless() -> Generation:
 
 def alone(picture: int, prompt: Sequence[int], options: GenerateOptions) -> tuple[list[int], list[float]]:
     """What `generation` must give, written down without slots, batches and threads."""
+    if options.beams > 1:
+        return searched_alone(picture, prompt, options)
     ids: list[int] = []
     logprobs: list[float] = []
     rng = np.random.default_rng(options.seed)
@@ -58,6 +62,32 @@ def alone(picture: int, prompt: Sequence[int], options: GenerateOptions) -> tupl
     return ids, logprobs
 
 
+def searched_alone(picture: int, prompt: Sequence[int], options: GenerateOptions) -> tuple[list[int], list[float]]:
+    """The same for beams: every continuation of every beam is looked at, nothing is kept in places."""
+
+    def ends(ids: tuple[int, ...]) -> bool:
+        text = "".join(chr(97 + i) for i in ids)
+        return ids[-1] == EOS or len(ids) == (options.max_new_tokens or 6) or any(stop in text for stop in options.stop)
+
+    def logprobs(ids: tuple[int, ...]) -> list[float]:
+        return [float(log_softmax(fake_logits(picture, (*prompt, *ids[:i])))[token]) for i, token in enumerate(ids)]
+
+    def score(ids: tuple[int, ...]) -> float:
+        return sum(logprobs(ids)) / len(ids) ** options.length_penalty
+
+    running: list[tuple[int, ...]] = [()]
+    complete: list[tuple[int, ...]] = []
+    while running:
+        longer = [(*ids, token) for ids in running for token in range(VOCABULARY)]
+        longer = sorted(longer, key=lambda ids: -sum(logprobs(ids)))[: 2 * options.beams]
+        complete += [ids for ids in longer[: options.beams] if ends(ids)]
+        complete = sorted(complete, key=lambda ids: -score(ids))[: options.beams]
+        running = [ids for ids in longer if not ends(ids)][: options.beams]
+        if len(complete) == options.beams and running and score(running[0]) <= score(complete[-1]):
+            break
+    return list(complete[0]), logprobs(complete[0])
+
+
 def scores_alone(picture: int, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> list[list[float]]:
     return [
         [float(log_softmax(fake_logits(picture, (*prompt, *ids[:i])))[token]) for i, token in enumerate(ids)] for ids in choices
@@ -72,6 +102,13 @@ options_strategy = st.builds(
     seed=st.integers(0, 5),
     stop=st.sampled_from([(), (), ("c",), ("ab", "d")]),
 )
+beams_strategy = st.builds(
+    GenerateOptions,
+    max_new_tokens=st.integers(1, 6),
+    beams=st.integers(2, 4),
+    length_penalty=st.sampled_from([1.0, 0.0, 2.0, -1.0]),
+    stop=st.sampled_from([(), (), ("c",), ("ab", "d", "e", "f", "g", "h")]),
+)
 choices_strategy = st.lists(st.lists(st.integers(2, VOCABULARY - 1), max_size=4), min_size=1, max_size=5, unique_by=tuple).map(
     lambda choices: [[*ids, EOS] for ids in choices]
 )
@@ -80,7 +117,7 @@ requests_strategy = st.lists(
         st.integers(0, 10),  # joins before this run
         st.integers(0, 3),  # picture
         st.lists(st.integers(2, VOCABULARY - 1), min_size=1, max_size=3),
-        st.one_of(options_strategy, choices_strategy),
+        st.one_of(options_strategy, choices_strategy, beams_strategy),
         st.booleans(),  # patient
     ),
     min_size=1,
@@ -101,6 +138,9 @@ def test_any_mix_joining_at_any_step_equals_one_by_one(requests: list[Any], slot
         with joining:
             while left and left[0][1][0] <= run:
                 _, (_, picture, prompt, what, patient) = request = left.pop(0)
+                if isinstance(what, GenerateOptions):
+                    what = dataclasses.replace(what, beams=min(what.beams, slots))
+                    request = (*request[:1], (_, picture, prompt, what, patient))
                 row = generation(what) if isinstance(what, GenerateOptions) else ChoiceScores(what)
                 submitted.append((request, scheduler.submit(row, fake_features(picture), prompt, patient=patient)))
 

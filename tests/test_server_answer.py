@@ -163,7 +163,7 @@ def test_a_stream_s_errors_before_the_first_piece_have_a_status(server: Running)
         ({"image": "?"}, "image_error", "the picture is neither base64 nor a data URI"),
         ({"image": "a" * 5_000_001}, "image_error", "the picture is neither base64 nor a data URI"),
         ({"image": "data:text/html;base64,AAAA"}, "image_error", "a data URI of a picture starts with"),
-        ({"image": ""}, "image_error", "the picture is not a picture in a known format"),
+        ({"image": ""}, "image_error", "the picture is empty (0 bytes)"),
         ({"image": base64.b64encode(PICTURE[:2000]).decode()}, "image_error", "the picture is damaged"),
         ({"question": None}, "invalid_request", "give a question, or a prompt, and not both"),
         ({"prompt": "a"}, "invalid_request", "give a question, or a prompt, and not both"),

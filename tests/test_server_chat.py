@@ -320,7 +320,7 @@ def test_tokens_add_up_to_what_is_left_of_the_text(ids: list[int], stop: str) ->
     whole = GEMMA.decode(ids)
     text = cut_at_stop(whole, [stop] if stop else []).strip()
     logprobs = [-float(place) for place in range(len(ids))]
-    tokens = tokens_of(TokenTexts(GEMMA, whole), ids, logprobs, text)
+    tokens = tokens_of(TokenTexts(GEMMA), ids, logprobs, text)
     assert "".join(token.token for token in tokens) == text
     assert b"".join(bytes(token.bytes) for token in tokens) == text.encode()
     assert all(math.isfinite(token.logprob) for token in tokens)

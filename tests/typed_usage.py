@@ -15,5 +15,15 @@ def usage(engine: pgfast.Engine) -> float:
     pieces: list[str] = list(engine.stream(encoded, "caption en"))
     answer: pgfast.Answer = engine.answer("picture.jpg", "is it red?", choices=["yes", "no"], language="en")
     timings: pgfast.Timings = answer.timings
+    edges: list[tuple[float, float, float, float]] = [found.box for found in engine.detect(encoded, ["cat", "dog"])]
+    problems: tuple[str, ...] = engine.detect("picture.jpg", "cat ; dog", options=options).problems
     shares: dict[str, float] | None = answer.choices
-    return timings.total + len(pieces) + len(answers) + (shares or {}).get("yes", 0.0) + answer.confidence
+    return (
+        timings.total
+        + len(pieces)
+        + len(answers)
+        + len(edges)
+        + len(problems)
+        + (shares or {}).get("yes", 0.0)
+        + answer.confidence
+    )

@@ -23,7 +23,8 @@ from pgfast.validation import check_options
 from .rows import Failure, Result, Row, Survey
 from .sources import Source
 
-FORMAT = 1
+FORMAT = 2
+"""2: with calibrated and unsure_of."""
 _ERROR = b'"error": {'
 """In a line of JSON only where the row failed: quotes inside texts are escaped."""
 _NO_ERROR = b",,\n"
@@ -235,9 +236,10 @@ def describe_run(
     """
     manifest = Bundle.open(Path(model) if model is not None else demo_bundle()).manifest
     check_options(options, manifest.limits.new_tokens)
+    bundle = {"sha256": manifest.digest(), "template": manifest.prompts["answer"]}
     return {
         "input": None if survey.sha256 is None else {"kind": source.kind, "sha256": survey.sha256},
-        "bundle": {"sha256": manifest.digest(), "template": manifest.prompts["answer"]},
+        "bundle": bundle | {"temperature": manifest.calibration and manifest.calibration.temperature},
         "options": {**asdict(source.defaults), **asdict(options), "timings": timings},
     }
 

@@ -60,7 +60,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question about one picture; pickles, so it may travel to another process."""
+    """One question about one picture."""
 
     number: int
     """From 0, in the order of the input."""
@@ -104,6 +104,8 @@ class Result:
             "confidence": answer and answer.confidence,
             "finish_reason": answer and answer.finish_reason,
             "choices": answer and answer.choices,
+            "calibrated": answer and answer.calibrated,
+            "unsure_of": answer and answer.unsure_of,
             **({"timings": answer and dataclasses.asdict(answer.timings)} if timings else {}),
             "error": self.error and dataclasses.asdict(self.error),
         }

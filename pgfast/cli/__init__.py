@@ -17,6 +17,8 @@ BUILT_IN = {
     "generate": "pgfast.cli.ask:generate",
     "caption": "pgfast.cli.tasks:caption",
     "ocr": "pgfast.cli.tasks:ocr",
+    "detect": "pgfast.cli.detect:detect",
+    "segment": "pgfast.cli.segment:segment",
     "question": "pgfast.cli.tasks:question",
     "batch": "pgfast.batch.cli:batch",
     "inspect": "pgfast.cli.inspection:inspect",

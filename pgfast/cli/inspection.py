@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -55,10 +56,14 @@ def _summary(m: Manifest, checked: bool, batch: int) -> str:
         "memory": "weights {weights:,} bytes, each row {per_row:,}; at batch {batch} {total:,}".format(
             batch=batch, **memory(m, batch)
         ),
+        "calibration": "temperature {temperature:.4g}; calibration error {ece_before:.2%} before, {ece_after:.2%} with it, on "
+        "{questions:,} questions".format(**dataclasses.asdict(m.calibration))
+        if m.calibration
+        else "none (pgfast eval --calibrate)",
         "prompts": "; ".join(f"{name}: {template!r}" for name, template in m.prompts.items()),
         "parity": ", ".join(f"{key} {value}" for key, value in parity.items()) or "not verified (export with --verify)",
     }
-    lines = [f"{name:9}{text}" for name, text in rows.items()]
+    lines = [f"{name:12}{text}" for name, text in rows.items()]
     stale = m.engines_of_other_graphs()
     for e in m.engines:
         state = ", STALE: built from another graph ('pgfast engines' rebuilds)" if e in stale else ""

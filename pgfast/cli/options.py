@@ -33,6 +33,10 @@ def engine_options(command: F) -> F:
 def decoding_options(command: F) -> F:
     """Add the fields of `GenerateOptions`; the command takes them as keyword arguments."""
     for option in (
+        click.option("--min-confidence", type=float, metavar="P", help="Answer 'unsure' below this confidence, 0 to 1."),
+        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: less of what was said already."),
+        click.option("--length-penalty", type=float, default=1.0, help="With --beams: more prefers longer texts."),
+        click.option("--beams", type=int, default=1, help="Search for the most probable text with so many beginnings."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; repeatable."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
         click.option("--top-k", type=int, default=0, help="Sample from this many most probable tokens."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pgfast.errors import InputError
+from pgfast.image_files import MAX_FILE
 from pgfast.video import is_video, read_frames
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def read_pictures(images: tuple[str, ...], frames: int | None, engine: Engine) -
         engine: Says how many.
 
     Raises:
-        InputError: --frames without a video, a video among pictures, more frames than the bundle takes, a bad video.
+        InputError: --frames without a video, a video among pictures, more frames than the bundle takes, a bad video,
+            stdin twice or closed.
     """
     if any(map(is_video, images)) or frames is not None:
         if len(images) > 1 or images[0] == "-":
@@ -48,5 +50,8 @@ def read_pictures(images: tuple[str, ...], frames: int | None, engine: Engine) -
         return read_frames(images[0], min(USUAL_FRAMES, most) if frames is None else frames)
     if images.count("-") > 1:
         raise InputError("- can be given once: stdin holds one picture")
-    pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    if "-" in images and sys.stdin is None:
+        raise InputError("- is stdin, which is closed")
+    # one byte more than is accepted: what never ends is refused, too
+    pictures = [sys.stdin.buffer.read(MAX_FILE + 1) if image == "-" else image for image in images]
     return pictures if len(pictures) > 1 else pictures[0]

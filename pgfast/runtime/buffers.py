@@ -70,6 +70,18 @@ class SlotBuffer:
             rows = content
         self._value.update_inplace(rows)
 
+    def copy(self, source: int, target: int, first: int, end: int) -> None:
+        """Copy positions `first` to `end` (third axis) of a slot into another slot; only in host memory.
+
+        Args:
+            source: The slot to read.
+            target: The slot to write; its other positions stay as they are.
+            first: First position.
+            end: Position after the last one.
+        """
+        assert self._host is not None, "there is no copy within device memory"
+        self._host[target, :, first:end] = self._host[source, :, first:end]
+
     def shape(self, count: int) -> tuple[int, ...]:
         """Return the shape of `count` slots."""
         return (count, *self._shape[1:])

@@ -160,9 +160,7 @@ class CudaDecoder(Decoder):
             self._lengths[:], self._in_place = 0, False  # whatever is in the cache now is of no use
             raise failure("the decoder fails", self._target, error) from error
 
-    def _allocate(self) -> None:
-        if self._caches:
-            return
+    def _new_buffers(self) -> None:
         caches = self._new_caches()
         self._outputs = {
             "next_token": SlotBuffer(self._target, (self.slots, 1), np.int64),

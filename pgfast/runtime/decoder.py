@@ -149,6 +149,25 @@ class Decoder:
         assert 0 <= length <= self._lengths[row]
         self._lengths[row] = length
 
+    @property
+    def copies(self) -> bool:
+        """Whether `copy` is possible: the cache is in host memory."""
+        return self._target.device == "cpu"
+
+    def copy(self, source: int, target: int, first: int = 0) -> None:
+        """Let a slot go on from where another one stands; logits are not copied.
+
+        Args:
+            source: A slot in use.
+            target: Gets its length and its positions from `first` on.
+            first: What comes before it is the same in both already.
+        """
+        end = int(self._lengths[source])
+        assert 0 <= first <= end
+        for cache in self._caches.values():
+            cache.copy(source, target, first, end)
+        self._lengths[target] = end
+
     def release(self, row: int) -> None:
         """Free a slot."""
         self.rewind(row, 0)
@@ -163,8 +182,14 @@ class Decoder:
     def _allocate(self) -> None:
         if self._caches:
             return
-        caches = self._new_caches()
-        slots = self.slots
+        try:
+            self._new_buffers()
+        except Exception as error:  # the limits of a bundle may ask for more memory than there is
+            what = f"no room for {self.slots} sequences of {self._manifest.cache_length} positions"
+            raise failure(what, self._target, error) from error
+
+    def _new_buffers(self) -> None:
+        caches, slots = self._new_caches(), self.slots
         self._outputs = {
             "logits": SlotBuffer(self._target, (slots, self._manifest.dimensions.vocab_size), np.float32),
             "next_token": SlotBuffer(self._target, (slots, 1), np.int64),

@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from pgfast.types import GenerateOptions
 
-from .sampling import log_softmax, sample
+from .sampling import log_softmax, penalise, sample
 
 StopCheck = Callable[[Sequence[int]], bool]
 """Says whether the ids generated so far contain a stop text."""
 
 
 class Position(Protocol):
-    """Where a sequence stands in the decoder."""
+    """Where a sequence stands in the decoder, in one place or, if it is several beams, in several."""
 
-    def logits(self) -> NDArray[np.float32]:
+    def logits(self, place: int = 0) -> NDArray[np.float32]:
         """Return float32 [V] of the last position."""
         ...
 
@@ -27,25 +27,34 @@ class Position(Protocol):
         """Forget all but the prompt and the first `depth` tokens after it."""
         ...
 
+    def copy(self, source: int, target: int, *, whole: bool) -> None:
+        """Let one place go on from where another one stands; without `whole` it has the prompt already."""
+        ...
+
 
 class Row(Protocol):
     """One sequence; it decides which token follows."""
+
+    @property
+    def width(self) -> int:
+        """How many places in the decoder it needs."""
+        ...
 
     @property
     def ahead(self) -> int:
         """How many steps the device may take feeding its most probable token back; 0: the next token comes from here."""
         ...
 
-    def advance(self, token: int, logprob: float, position: Position) -> int | None:
+    def advance(self, token: int, logprob: float, position: Position) -> int | list[int] | None:
         """Take the result of a run.
 
         Args:
-            token: The most probable token.
+            token: The most probable token (of the first place).
             logprob: Its natural log-probability.
             position: For what those two do not say.
 
         Returns:
-            The token to append next; None: the sequence is complete.
+            The token to append next, or one for each place; None: the sequence is complete.
         """
         ...
 
@@ -54,36 +63,52 @@ class Generation:
     """Greedy or sampled tokens, up to the end token, a stop text or a number.
 
     Args:
-        options: Sampling and stop texts.
+        options: Sampling, penalty and stop texts.
         max_new_tokens: Upper bound.
         eos_id: The end token.
         stopped: Asked after each token when there are stop texts.
+        context: Ids in front of the first token, that of the image positions included; the repetition penalty counts them.
     """
 
-    def __init__(self, options: GenerateOptions, *, max_new_tokens: int, eos_id: int, stopped: StopCheck) -> None:
+    width = 1
+
+    def __init__(
+        self,
+        options: GenerateOptions,
+        *,
+        max_new_tokens: int,
+        eos_id: int,
+        stopped: StopCheck,
+        context: Sequence[int] = (),
+    ) -> None:
         self.token_ids: list[int] = []
         self.token_logprobs: list[float] = []
         self.finish_reason: str | None = None
         self._options, self._max_new_tokens, self._eos_id, self._stopped = options, max_new_tokens, eos_id, stopped
+        self._context = list(context)
         # a generator per row: the same seed gives the same text in any company
         self._rng = np.random.default_rng(options.seed) if options.temperature > 0 else None
 
     @property
     def ahead(self) -> int:
         """To the limit when greedy (see `Row`); with stop texts only 1, because any token may be the last."""
-        if self._rng is not None:
+        if self._rng is not None or self._options.repetition_penalty != 1:
             return 0
         return 1 if self._options.stop else self._max_new_tokens - len(self.token_ids)
 
     def advance(self, token: int, logprob: float, position: Position) -> int | None:
         """Choose and record a token (see `Row`)."""
-        if self._rng is not None:
-            o, logits = self._options, position.logits()
-            token = sample(logits, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, rng=self._rng)
+        o = self._options
+        if self._rng is not None or o.repetition_penalty != 1:
+            logits = position.logits()
+            scores = penalise(logits, [*self._context, *self.token_ids], o.repetition_penalty)
+            token = int(scores.argmax())
+            if self._rng is not None:
+                token = sample(scores, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, rng=self._rng)
             logprob = float(log_softmax(logits)[token])
         self.token_ids.append(token)
         self.token_logprobs.append(logprob)
-        if token == self._eos_id or (self._options.stop and self._stopped(self.token_ids)):
+        if token == self._eos_id or (o.stop and self._stopped(self.token_ids)):
             self.finish_reason = "stop"
         elif len(self.token_ids) == self._max_new_tokens:
             self.finish_reason = "length"
@@ -100,7 +125,7 @@ class ChoiceScores:
         choices: Ids of each choice, end token included; no choice is the beginning of another.
     """
 
-    ahead = 0
+    ahead, width = 0, 1
 
     def __init__(self, choices: Sequence[Sequence[int]]) -> None:
         self.scores: list[list[float]] = [[] for _ in choices]

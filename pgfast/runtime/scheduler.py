@@ -1,11 +1,13 @@
 """Requests of all callers in one running batch: each joins between two tokens of the others and leaves when it is done.
 
 One thread owns the decoder (CUDA graphs belong to a thread, too). Callers hand it a request and wait on their ticket. Between
-two steps it lets newcomers in, first come, first served, into the lowest free slots.
+two steps it lets newcomers in, first come, first served, into the lowest free slots. A request of several beams takes all its
+slots at once; until so many are free it holds up those behind it, so it cannot starve, and nobody waits with a part of his.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -33,6 +35,7 @@ class Slots(Protocol):
     def step(self, rows: int, tokens: NDArray[np.int64] | None = None, burst: int = 1) -> Chosen: ...  # noqa: D102
     def logits(self, row: int) -> NDArray[np.float32]: ...  # noqa: D102
     def rewind(self, row: int, length: int) -> None: ...  # noqa: D102
+    def copy(self, source: int, target: int, first: int = 0) -> None: ...  # noqa: D102
     def release(self, row: int) -> None: ...  # noqa: D102
 
 
@@ -67,17 +70,18 @@ class Scheduler:
         self._together, self._max_burst, self._stall = together, max_burst, stall
         # guards the next three; entered by itself, because Ctrl-C can come into the middle of the condition's `with`
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[Ticket] = deque()
         self._closed = False
         self._thread: threading.Thread | None = None
         # the thread's own
-        self._running: dict[int, Ticket] = {}
+        self._running: dict[int, Ticket] = {}  # by slot
         self._next = np.zeros(decoder.slots, np.int64)  # token to append to each slot
         self._prompt_seconds = float("inf")  # of one prompt, in the last run of prompts
 
     def load(self) -> tuple[int, int]:
-        """Return how many requests wait for a slot and how many run."""
+        """Return how many requests wait and how many slots are taken."""
         return len(self._waiting), len(self._running)
 
     def submit(
@@ -94,7 +98,7 @@ class Scheduler:
         """Put a request at the end of the queue.
 
         Args:
-            row: Takes the tokens, in the scheduler's thread.
+            row: Takes the tokens, in the scheduler's thread; not wider than there are slots.
             image_features: [1, P, D].
             prompt: Ids, `<bos>` to newline.
             streaming: Let `Ticket.progress` report every token, not only the end.
@@ -106,6 +110,7 @@ class Scheduler:
             OverloadedError: Too many are waiting.
             PgfastError: The scheduler is closed.
         """
+        assert row.width <= self.decoder.slots
         ticket = Ticket(self, row, image_features, prompt)
         ticket.streaming, ticket.patient = streaming, patient
         ticket.on_start, ticket.on_progress = on_start, on_progress
@@ -141,7 +146,9 @@ class Scheduler:
         ticket.finish(_cancelled())
 
     def close(self) -> None:
-        """Fail all requests and end the thread, after the run that it is in; again: nothing."""
+        """Fail all requests and end the thread, after the run that it is in; again, or in a fork of the process: nothing."""
+        if os.getpid() != self._process:  # the lock may be held by a thread that is not here
+            return
         with self._lock:
             self._closed = True
             left = list(self._waiting)
@@ -172,10 +179,13 @@ class Scheduler:
                 self._fail_running(error)
         self._fail_running(_closed())
 
+    def _tickets(self) -> list[Ticket]:
+        return list(dict.fromkeys(self._running.values()))
+
     def _drop_cancelled(self) -> None:
-        for slot, ticket in list(self._running.items()):
+        for ticket in self._tickets():
             if ticket.cancelled:
-                self._leave(slot, ticket, _cancelled())
+                self._leave(ticket, _cancelled())
 
     def _admit(self) -> None:
         """Run the prompts of newcomers: one between two steps, more while they are quick or nobody minds."""
@@ -186,47 +196,45 @@ class Scheduler:
             if not patient and time.perf_counter() - start + self._prompt_seconds > self._stall:
                 return
 
-    def _take_newcomers(self) -> dict[int, Ticket]:
-        """Move those from the queue into neighbouring slots whose prompts share the next run."""
-        first, room = self._free_slots()
+    def _take_newcomers(self) -> list[Ticket]:
+        """Move those from the queue into neighbouring slots whose prompts share the next run; several beams come alone."""
+        free = [slot for slot in range(self.decoder.slots) if slot not in self._running]
+        neighbours = sum(slot == free[0] + i for i, slot in enumerate(free))
         quick = int(self._stall / self._prompt_seconds)
         with self._lock:
-            together = list(islice(self._waiting, min(room, self._together)))
+            together = list(islice(self._waiting, min(neighbours, self._together)))
             together = list(takewhile(lambda ticket: ticket.image_tokens == together[0].image_tokens, together))
+            if together and together[0].row.width > 1:
+                together = together[:1] if together[0].row.width <= len(free) else []
+            together = list(takewhile(lambda ticket: ticket.row.width == together[0].row.width, together))
             patient = sum(1 for _ in takewhile(lambda ticket: ticket.patient, together))
-            count = min(len(together), max(patient, quick, 1))
-            newcomers = {first + i: self._waiting.popleft() for i in range(count)}
-            self._running |= newcomers  # under the lock: a ticket is always in one of the two
+            newcomers = together[: max(patient, quick, 1)]
+            for ticket in newcomers:
+                self._waiting.popleft()
+                ticket.slots, free = free[: ticket.row.width], free[ticket.row.width :]
+                self._running |= dict.fromkeys(ticket.slots, ticket)  # under the lock: a ticket is always in one of the two
         return newcomers
 
-    def _run_prompts(self, newcomers: dict[int, Ticket]) -> None:
-        parts: list[Any] = [ticket.image_features for ticket in newcomers.values()]
+    def _run_prompts(self, newcomers: list[Ticket]) -> None:
+        parts: list[Any] = [ticket.image_features for ticket in newcomers]
         # one alone as it is: it may be on the device
         features = np.concatenate(parts) if len(parts) > 1 else parts[0]  # [B, P, D]
-        prompts = [ticket.prompt for ticket in newcomers.values()]
-        for ticket in newcomers.values():
+        prompts = [ticket.prompt for ticket in newcomers]
+        for ticket in newcomers:
             ticket.start()
         with self._turns:
             begun = time.perf_counter()
-            chosen = self.decoder.prompt(features, prompts, min(newcomers))
+            chosen = self.decoder.prompt(features, prompts, newcomers[0].slots[0])
         now = time.perf_counter()
         self._prompt_seconds = max(now - begun, 1e-6) / len(newcomers)
         if self.on_step is not None:
             self.on_step(len(newcomers))
-        for (slot, ticket), token, logprob in zip(
-            newcomers.items(), chosen.tokens[0].tolist(), chosen.logprobs[0].tolist(), strict=True
-        ):
-            ticket.begun, ticket.first_token, ticket.slot = begun, now, slot
-            self._advance(slot, ticket, token, logprob, now)
-
-    def _free_slots(self) -> tuple[int, int]:
-        """Return the lowest free slot and how many are free from there on."""
-        first = next((slot for slot in range(self.decoder.slots) if slot not in self._running), self.decoder.slots)
-        end = next((slot for slot in range(first, self.decoder.slots) if slot in self._running), self.decoder.slots)
-        return first, end - first
+        for ticket, token, logprob in zip(newcomers, chosen.tokens[0].tolist(), chosen.logprobs[0].tolist(), strict=True):
+            ticket.begun, ticket.first_token = begun, now
+            self._advance(ticket, token, logprob, now)
 
     def _step(self) -> None:
-        ahead = min(ticket.row.ahead for ticket in self._running.values())
+        ahead = min(ticket.row.ahead for ticket in self._tickets())
         tokens = self._next[: max(self._running) + 1]
         with self._turns:
             chosen = self.decoder.step(len(tokens), None if ahead else tokens, self._burst(ahead))
@@ -234,8 +242,8 @@ class Scheduler:
         if self.on_step is not None:
             self.on_step(len(self._running))
         for best, logprobs in zip(chosen.tokens.tolist(), chosen.logprobs.tolist(), strict=True):
-            for slot, ticket in list(self._running.items()):
-                self._advance(slot, ticket, best[slot], logprobs[slot], now)
+            for ticket in self._tickets():
+                self._advance(ticket, best[ticket.slots[0]], logprobs[ticket.slots[0]], now)
 
     def _burst(self, ahead: int) -> int:
         """How many steps to run at once: more than one only if no token is needed here and nobody waits.
@@ -244,28 +252,32 @@ class Scheduler:
         """
         return 1 if self._waiting else max(1, min(self._max_burst, ahead))
 
-    def _advance(self, slot: int, ticket: Ticket, token: int, logprob: float, now: float) -> None:
+    def _advance(self, ticket: Ticket, token: int, logprob: float, now: float) -> None:
         try:
             following = ticket.row.advance(token, logprob, ticket)
         except Exception as error:  # noqa: BLE001 - this request's own
-            self._leave(slot, ticket, error)
+            self._leave(ticket, error)
             return
         ticket.ended = now
         if following is None:
-            self._leave(slot, ticket, None)
+            self._leave(ticket, None)
             return
-        self._next[slot] = following
+        self._next[ticket.slots] = following
         if ticket.streaming:
             ticket.tell()
 
-    def _leave(self, slot: int, ticket: Ticket, error: BaseException | None) -> None:
-        del self._running[slot]
-        self.decoder.release(slot)
+    def _leave(self, ticket: Ticket, error: BaseException | None) -> None:
+        for slot in ticket.slots:
+            del self._running[slot]
+            try:
+                self.decoder.release(slot)
+            except Exception as failed:  # noqa: BLE001 - the thread has others to serve
+                error = error or failed
         ticket.finish(error)
 
     def _fail_running(self, error: BaseException) -> None:
-        for slot, ticket in list(self._running.items()):
-            self._leave(slot, ticket, error)
+        for ticket in self._tickets():
+            self._leave(ticket, error)
 
 
 def _closed() -> PgfastError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,10 @@ from pgfast.manifest import GraphSpec
 
 from .providers import Shapes, Target, import_onnxruntime, rtx_devices
 
+_NO_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|failed to allocate memory|out of memory|cannot allocate memory", re.IGNORECASE
+)
+"""In what ONNX Runtime, CUDA and the C++ library say."""
 _TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -18,6 +25,21 @@ _TYPES = {
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",
 }
+
+
+_OPEN: weakref.WeakSet[Any] = weakref.WeakSet()
+"""All sessions of the process."""
+
+
+def _keep_in_fork() -> None:
+    """Let no session of the parent end in the child: it would wait for its threads, which the fork has not copied."""
+    import ctypes
+
+    for session in list(_OPEN):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+os.register_at_fork(after_in_child=_keep_in_fork)
 
 
 def open_session(
@@ -71,13 +93,24 @@ def open_session(
     if providers[0][0] not in session.get_providers():
         raise ProviderError(f"{target.name} could not be started for {path.name}: 'pgfast doctor' says what is missing")
     _check_interface(path, spec, session)
+    _OPEN.add(session)
     return session
 
 
 def failure(what: str, target: Target, error: BaseException) -> PgfastError:
     """Turn what ONNX Runtime raised into one line: on the CPU the graph is to blame, elsewhere perhaps the device."""
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return out_of_memory(f"{what} on {target.name}", error)
     reason = " ".join(str(error).split())[:300]
     return (BundleError if target.name == "cpu" else ProviderError)(f"{what} on {target.name}: {reason}")
+
+
+def out_of_memory(what: str, error: BaseException) -> ProviderError:
+    """Say what there was no memory for, and what takes less."""
+    reason = " ".join(str(error).split())[:200]
+    return ProviderError(
+        f"{what}: out of memory, fewer questions at once or a smaller bundle (int8, int4) need less ({reason})"
+    )
 
 
 def _session_name(path: Path, shapes: Shapes | None) -> str:

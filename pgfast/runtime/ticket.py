@@ -21,6 +21,7 @@ class Logits(Protocol):
 
     def logits(self, row: int) -> NDArray[np.float32]: ...  # noqa: D102
     def rewind(self, row: int, length: int) -> None: ...  # noqa: D102
+    def copy(self, source: int, target: int, first: int = 0) -> None: ...  # noqa: D102
 
 
 class Owner(Protocol):
@@ -45,7 +46,8 @@ class Ticket:
         self.prompt = prompt
         self.error: BaseException | None = None
         self.cancelled = self.finished = False
-        self.slot = -1
+        self.slots: list[int] = []
+        """Its places in the decoder, `row.width` of them; the prompt runs in the first."""
         self.image_tokens = image_features.shape[1]
         self.prompt_length = self.image_tokens + len(prompt)
         self._scheduler = scheduler
@@ -97,13 +99,18 @@ class Ticket:
         """Free the slot, or the place in the queue; nothing happens to a request that is finished."""
         self._scheduler.cancel(self)
 
-    def logits(self) -> NDArray[np.float32]:
-        """Return float32 [V] of the last position; for the row, while it advances."""
-        return self._scheduler.decoder.logits(self.slot)
+    def logits(self, place: int = 0) -> NDArray[np.float32]:
+        """Return float32 [V] of the last position in one of its places; for the row, while it advances."""
+        return self._scheduler.decoder.logits(self.slots[place])
 
     def rewind(self, depth: int) -> None:
         """Forget all but the prompt and `depth` tokens; for the row, while it advances."""
-        self._scheduler.decoder.rewind(self.slot, self.prompt_length + depth)
+        self._scheduler.decoder.rewind(self.slots[0], self.prompt_length + depth)
+
+    def copy(self, source: int, target: int, *, whole: bool) -> None:
+        """Let one place go on from where another one stands; without `whole` it has the prompt already."""
+        first = 0 if whole else self.prompt_length
+        self._scheduler.decoder.copy(self.slots[source], self.slots[target], first)
 
     def start(self) -> None:
         """Leave the queue: the features are not needed after the prompt."""

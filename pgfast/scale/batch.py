@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pickle
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from pgfast.errors import ClusterError
 from pgfast.types import GenerateOptions
 
 from .cluster import Cluster, connected, one_line
+from .columns import pack, unpack_result, unpack_row
 from .processor import PgfastProcessorConfig, map_engines
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class RowsWorker:
         self._engine, self._options = pgfast.load(bundle, provider=provider, threads=threads), options
 
     def __call__(self, table: pa.Table) -> dict[str, list[bytes]]:
-        """Answer pickled rows (column `row`) with pickled results (column `result`)."""
-        rows = [pickle.loads(row) for row in table["row"].to_pylist()]
-        return {"result": [pickle.dumps(result) for result in answer_rows(self._engine, rows, options=self._options)]}
+        """Answer rows (column `row`) with results (column `result`), both as `pack` writes them."""
+        rows = [unpack_row(row) for row in table["row"].to_pylist()]
+        return {"result": [pack(result) for result in answer_rows(self._engine, rows, options=self._options)]}
 
 
 def answer_on_ray(
@@ -89,7 +89,7 @@ def answer_on_ray(
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for result in batch["result"]:
-                    yield pickle.loads(result.as_py())
+                    yield unpack_result(result.as_py())
         except ray.exceptions.RayError as error:
             raise ClusterError(f"the engines on Ray failed: {one_line(error)}") from error
 
@@ -99,7 +99,7 @@ def _blocks(rows: Iterable[Row], size: int) -> Iterator[pa.Table]:
 
     rest = iter(rows)
     while part := list(itertools.islice(rest, size)):
-        yield pa.table({"row": pa.array([pickle.dumps(row) for row in part], pa.binary())})
+        yield pa.table({"row": pa.array([pack(row) for row in part], pa.binary())})
 
 
 def _in_order(dataset: Dataset) -> Any:

@@ -118,8 +118,8 @@ def build_processor(
             (raw, no template around it), and perhaps `choices`, `language` and `options` (`GenerateOptions`, or a dict of
             its fields). Without it the row has these columns.
         postprocess: Makes the result's row of the row, what `preprocess` added and the answer: `text`, `confidence`,
-            `finish_reason`, `token_logprobs`, `choice_probabilities` (in the order of `choices`). Rows with an error skip
-            it. Without it the result is the row's own columns and the answer's.
+            `finish_reason`, `token_logprobs`, `calibrated`, `unsure_of`, `choice_probabilities` (in the order of
+            `choices`). Rows with an error skip it. Without it the result is the row's own columns and the answer's.
 
     Raises:
         MissingDependencyError: Ray is not installed.

@@ -16,6 +16,8 @@ ERROR = "__inference_error__"
 """Column with the message of a row that could not be answered, empty in the others; the name is `ray.data.llm`'s."""
 ASKED = ("image", "question", "prompt", "choices", "language", "options")
 """What a row says; all but the picture and one of question and prompt may be missing or null."""
+TAKEN = ("text", "confidence", "finish_reason", "token_logprobs", "calibrated", "unsure_of")
+"""Of the answer, as columns; the last two may be null."""
 IN_FLIGHT = 24
 """Questions in an engine at the same time: its 16 slots on a CPU, and pictures that are opened meanwhile."""
 RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
@@ -80,7 +82,7 @@ class EngineWorker:
             if not self._keep_errors:
                 raise
             return row, _no_answer(error)
-        columns = {name: getattr(answer, name) for name in ("text", "confidence", "finish_reason", "token_logprobs")}
+        columns = {name: getattr(answer, name) for name in TAKEN}
         columns["choice_probabilities"] = list((answer.choices or {}).values())
         return asked, columns | ({ERROR: ""} if self._keep_errors else {})
 
@@ -107,7 +109,7 @@ class EngineWorker:
 def _no_answer(error: Exception) -> dict[str, Any]:
     message = str(error) or type(error).__name__
     empty = {"text": "", "confidence": 0.0, "finish_reason": "", "token_logprobs": [], "choice_probabilities": []}
-    return {**empty, ERROR: message}
+    return {**empty, "calibrated": None, "unsure_of": None, ERROR: message}
 
 
 def _joined(table: pa.Table, answers: list[dict[str, Any]]) -> pa.Table:
@@ -116,7 +118,8 @@ def _joined(table: pa.Table, answers: list[dict[str, Any]]) -> pa.Table:
 
     numbers = pa.list_(pa.float64())
     types = {"text": pa.string(), "confidence": pa.float64(), "finish_reason": pa.string()}
-    types |= {"token_logprobs": numbers, "choice_probabilities": numbers}
+    types |= {"token_logprobs": numbers, "calibrated": pa.float64(), "unsure_of": pa.string()}
+    types |= {"choice_probabilities": numbers}
     types |= {ERROR: pa.string()} if answers and ERROR in answers[0] else {}
     kept = table.drop_columns([name for name in types if name in table.column_names])
     columns = [pa.array([answer[name] for answer in answers], kind) for name, kind in types.items()]

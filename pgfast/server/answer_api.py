@@ -81,11 +81,25 @@ class AnswerFields(BaseModel):
         default=[], max_length=16, description="Texts that end the answer; they are cut off."
     )
 
+    min_confidence: float | None = Field(
+        default=None,
+        description='An answer that is less certain becomes "unsure"; null: none does. Not for streams.',
+        json_schema_extra={"minimum": 0, "maximum": 1},
+    )
+
     def ask(self, picture: bytes | EncodedImage) -> Ask:
         """The question to the service."""
         if (self.question is None) == (self.prompt is None):
             raise ApiError(400, "invalid_request", "give a question, or a prompt, and not both")
-        options = GenerateOptions(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, tuple(self.stop))
+        options = GenerateOptions(
+            self.max_new_tokens,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.seed,
+            tuple(self.stop),
+            min_confidence=self.min_confidence,
+        )
         choices = tuple(self.choices) if self.choices is not None else None
         return Ask(picture, self.question, self.prompt, choices, self.language, options)
 
@@ -172,6 +186,8 @@ def answer_json(service: AnswerService, answer: Served) -> bytes:
         "model": service.model,
         "text": answer.text,
         "confidence": answer.confidence,
+        "calibrated": answer.calibrated,
+        "unsure_of": answer.unsure_of,
         "token_logprobs": answer.token_logprobs,
         "finish_reason": answer.finish_reason,
         "choices": answer.choices,

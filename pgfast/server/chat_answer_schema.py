@@ -45,6 +45,9 @@ class Choice(_Told):
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"]
     confidence: float = Field(description="Probability of exactly this answer; an addition to the official API.")
+    calibrated: float | None = Field(
+        default=None, description="Chance that the answer is right, by the bundle's calibration; null: it has none."
+    )
     choices: dict[str, float] | None = Field(
         default=None,
         description="With `choices` in the request: the probability of each, given that one of them is the answer.",
@@ -94,6 +97,7 @@ class ChunkChoice(BaseModel):  # not _Told: its deltas' keys would be required t
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
     confidence: float | None = Field(default=None, description="In the last chunk with a choice.")
+    calibrated: float | None = Field(default=None, description="In the last chunk with a choice.")
     choices: dict[str, float] | None = Field(default=None, description="In the last chunk with a choice.")
 
 

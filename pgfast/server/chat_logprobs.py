@@ -49,13 +49,14 @@ def tokens_of(texts: TokenTexts, ids: Sequence[int], logprobs: Sequence[float], 
     """Return the tokens of a whole answer.
 
     Args:
-        texts: From `Engine.token_texts`, with all ids.
+        texts: From `Engine.token_texts`.
         ids: Generated ids.
         logprobs: One for each.
         text: The answer: text of the ids without blanks around it and without what follows a stop text.
     """
-    whole = texts.whole or ""
-    log, start = TokenLog(texts), whole.find(text)
+    log = TokenLog(texts)
     log.add(ids, logprobs)
+    whole = texts.text
+    start = whole.find(text)
     # a choice is returned as it was given, which may differ from its tokens: those are shown as they are
     return log.take(start, start + len(text), last=True) if start >= 0 else log.take(0, len(whole), last=True)

@@ -54,6 +54,7 @@ class Reply:
             logprobs=self._all_tokens(answer),
             finish_reason=answer.finish_reason,
             confidence=answer.confidence,
+            calibrated=answer.calibrated,
             choices=answer.choices,
         )
         return ChatCompletion(**self._head, choices=[choice], usage=self._usage(answer)).model_dump_json().encode()
@@ -77,7 +78,11 @@ class Reply:
             choice = ChunkChoice(delta=Delta(content=answer.text), logprobs=self._all_tokens(answer))
             rest = self._event([choice]) if answer.text else b""
         last = ChunkChoice(
-            delta=Delta(), finish_reason=answer.finish_reason, confidence=answer.confidence, choices=answer.choices
+            delta=Delta(),
+            finish_reason=answer.finish_reason,
+            confidence=answer.confidence,
+            calibrated=answer.calibrated,
+            choices=answer.choices,
         )
         usage = self._event([], self._usage(answer)) if self._asked.include_usage else b""
         return rest + self._event([last]) + usage + b"data: [DONE]\n\n"

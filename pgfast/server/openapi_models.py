@@ -39,6 +39,12 @@ class AnswerBody(BaseModel):
     confidence: float = Field(
         description="Probability of exactly this answer: the product of its tokens' probabilities.", ge=0, le=1
     )
+    calibrated: float | None = Field(
+        description="Chance that the answer is right, by the bundle's calibration; null: it has none."
+    )
+    unsure_of: str | None = Field(
+        description="The answer that min_confidence made `unsure`; confidence, tokens and choices are about this one."
+    )
     token_logprobs: list[float] = Field(
         description="Natural log-probability of each token, before temperature, top_p and top_k."
     )

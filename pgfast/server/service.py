@@ -53,7 +53,7 @@ class Ask:
     options: GenerateOptions | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Served(Answer):
     """An answer with what the server knows of it; its times are the whole request's, from `AnswerService.answer` on."""
 
@@ -126,7 +126,7 @@ class AnswerService:
         try:
             while not done:
                 done = await question.changed(pending)
-                text = pending.text()
+                text = pending.text().strip()
                 if text.startswith(given) and len(text) > len(given):
                     yield text[len(given) :]
                     given = text
@@ -249,6 +249,8 @@ class _Question:
             answer.finish_reason,
             answer.choices,
             Timings(preprocess, self._vision, engine.prefill, engine.decode, ttft, total),
+            answer.calibrated,
+            answer.unsure_of,
             width=self._image.width,
             height=self._image.height,
             queue=max(0.0, total - preprocess - self._vision - engine.prefill - engine.decode),

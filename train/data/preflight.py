@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pgfast.image import FORMATS, MAX_PIXELS
+from pgfast.image_files import MAX_PIXELS, open_header
 
 from .records import Dataset, Record, RowError
 
@@ -128,8 +128,8 @@ def _open_header(dataset: Dataset, row: int) -> None:
         return  # decoded already
     name = "" if isinstance(image, bytes) else f": {image}"
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as header:
-            width, height = header.size
+        with io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as file:
+            width, height = open_header(file).size
     except FileNotFoundError as error:
         raise RowError(f"the picture does not exist{name}") from error
     except UnidentifiedImageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from pgfast.cli import printable
-from pgfast.errors import InputError
+from pgfast.errors import InputError, PgfastError
+from pgfast.manifest import MANIFEST
 from pgfast.metrics import Mode
 from pgfast.runtime.providers import import_onnxruntime
 
@@ -43,6 +45,7 @@ SHOWN = 20
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default one per core.")
 @click.option("--worst", type=click.IntRange(0), default=100, show_default=True, help="Errors on the page errors.html.")
 @click.option("--skip-bad", is_flag=True, help="Count rows that cannot be answered and go on; they score 0.")
+@click.option("--calibrate", is_flag=True, help="Fit a temperature to the confidences and store it in the bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def evaluate(
     model: str,
@@ -51,21 +54,35 @@ def evaluate(
     images: Path | None,
     annotations: Path | None,
     worst: int,
+    calibrate: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Measure the accuracy of a bundle, or of a Hugging Face checkpoint (folder or Hub id), on the questions of DATA."""
     from ..data.sources import open_dataset
+    from .calibration import check_writable
     from .report import check_folder, write_report
 
     if out is not None:
         check_folder(out)
+    if calibrate:
+        if not is_bundle(model):
+            raise InputError(f"{model} is a checkpoint, and a calibration is stored in a bundle: export it first")
+        check_writable(Path(model))
     evaluation = _evaluate(model, open_dataset(data, images=images, annotations=annotations), **settings)
+    refused = None
+    if calibrate:
+        try:
+            evaluation = _calibrate(Path(model), evaluation)
+        except PgfastError as error:  # the answers may have taken hours: what they say comes first
+            refused = error
     if out is not None:
         write_report(evaluation, out, worst=worst)
         print(f"pgfast: wrote {out}", file=sys.stderr)
     summary = evaluation.summary()
     print(json.dumps(summary, ensure_ascii=False, indent=2) if as_json else _table(summary))
+    if refused is not None:
+        raise refused
 
 
 def _evaluate(
@@ -82,9 +99,11 @@ def _evaluate(
     skip_bad: bool,
 ) -> Evaluation:
     from .answering import answer_with_bundle, answer_with_checkpoint
+    from .calibration import report
     from .report import Evaluation
     from .scores import score
 
+    temperature = None
     how: dict[str, Any] = {"limit": limit, "language": language, "skip_bad": skip_bad}
     if is_bundle(model):
         if adapter is not None or answer_template is not None:
@@ -93,6 +112,8 @@ def _evaluate(
 
         with pgfast.load(model, provider=provider, threads=threads) as engine, ProgressBars() as on_progress:
             how["on_progress"] = partial(on_progress, "questions")
+            if engine.manifest.calibration is not None:
+                temperature = engine.manifest.calibration.temperature
             described, start = _describe_bundle(model, engine), time.perf_counter()
             answers = answer_with_bundle(engine, dataset, **how)
     else:
@@ -105,7 +126,20 @@ def _evaluate(
             answers = answer_with_checkpoint(loaded, dataset, **how)
     seconds = time.perf_counter() - start
     predicted = ((dataset.record(row), prediction.text) for row, prediction in answers.predictions.items())
-    return Evaluation(dataset, answers, score(predicted, mode), described | _versions(), seconds)
+    evaluation = Evaluation(dataset, answers, score(predicted, mode), described | _versions(), seconds)
+    return dataclasses.replace(evaluation, confidence=report(evaluation.outcomes(), temperature))
+
+
+def _calibrate(folder: Path, evaluation: Evaluation) -> Evaluation:
+    """Fit, store, and report on the half of the pictures that was not fitted to."""
+    from .calibration import fit, store
+
+    calibration, found = fit(evaluation.outcomes())
+    store(folder, evaluation.model["digest"], calibration)
+    print(f"pgfast: the temperature {calibration.temperature:.4g} is in {folder / MANIFEST}", file=sys.stderr)
+    if calibration.ece_after >= calibration.ece_before:
+        print("pgfast: on the other half it makes the calibration error no smaller: there was little to mend", file=sys.stderr)
+    return dataclasses.replace(evaluation, confidence=found)
 
 
 def is_bundle(model: str) -> bool:
@@ -161,7 +195,30 @@ def _table(summary: dict[str, Any]) -> str:
         lines.append(f"{summary['unscored']:,} questions have no reference answer and are not scored")
     if summary["skipped"]:
         lines.append(f"{summary['skipped']:,} rows could not be answered; the first: {_first(summary)}")
+    if summary["confidence"] is not None:
+        lines += _confidence(summary["confidence"])
     return "\n".join(lines)
+
+
+def _confidence(found: dict[str, Any]) -> list[str]:
+    """Calibration error and reliability table, as it is and with a temperature; times 100."""
+    about = f"{found['questions']:,} answers"
+    if found["fitted_on"] is not None:
+        about += f", none of the {found['fitted_on']:,} that the temperature was fitted to"
+    parts = [("", found["plain"])]
+    if found["calibrated"] is not None:
+        parts.append((f" with temperature {found['temperature']:.4g}", found["calibrated"]))
+    lines = []
+    for what, part in parts:
+        lines += [
+            "",
+            f"expected calibration error{what}: {100 * part['ece']:.2f} ({about})",
+            "confidence     mean  accuracy  answers",
+        ]
+        for b in part["bins"]:
+            span = f"{100 * b['low']:3.0f} to {100 * b['high']:3.0f}"
+            lines.append(f"{span}  {100 * b['confidence']:7.2f}  {100 * b['accuracy']:8.2f}  {b['count']:>7,}")
+    return lines
 
 
 def _first(summary: dict[str, Any]) -> str:

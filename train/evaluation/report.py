@@ -21,6 +21,7 @@ from pgfast.errors import ImageError, InputError
 from pgfast.image import ImageInput, open_image
 
 from ..data.records import Dataset, Record, RowError
+from .calibration import ConfidenceReport, Outcome
 from .predictions import Answers, Prediction
 from .scores import Group, Score, accuracy_of
 
@@ -40,6 +41,13 @@ class Evaluation:
     model: dict[str, Any]
     """What answered: a bundle with its digest, or a checkpoint; where it ran; versions."""
     seconds: float
+    confidence: ConfidenceReport | None = None
+    """What the answers' confidence is worth; None: nothing was scored."""
+
+    def outcomes(self) -> list[Outcome]:
+        """Confidence and accuracy of all answers that have both."""
+        scored = ((record.picture, p.confidence, accuracy_of(record, p.text, self.score.mode)) for record, _, p in self.rows())
+        return [Outcome(picture, c, a) for picture, c, a in scored if c is not None and a is not None]
 
     def rows(self) -> Iterator[tuple[Record, int, Prediction]]:
         """Every question with its row and its answer, in the data's order."""
@@ -54,6 +62,7 @@ class Evaluation:
             "overall": _figures(self.score.overall),
             "answer_types": {name: _figures(group) for name, group in self.score.by_answer_type.items()},
             "question_types": {name: _figures(group) for name, group in self.score.by_question_type.items()},
+            "confidence": dataclasses.asdict(self.confidence) if self.confidence is not None else None,
             "questions": len(self.answers.predictions),
             "unscored": self.score.unscored,
             "skipped": len(skipped),

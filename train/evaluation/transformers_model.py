@@ -37,13 +37,16 @@ class TransformersModel:
     """A PaliGemma of transformers with what its prompts and pictures need."""
 
     model: Any
-    """`PaliGemmaForConditionalGeneration`, in eval mode; `load_checkpoint` makes one, a trainer may give its own."""
+    """`PaliGemmaForConditionalGeneration`, in eval mode, without the cap of its logits (see `softcap`)."""
     tokenizer: Tokenizer
     image: ImageSpec
     num_image_tokens: int
     image_token_id: int
     eos_id: int
     pad_id: int
+    softcap: float | None
+    """PaliGemma 2's cap of the logits, for probabilities; transformers below 5.23 leaves it out, so it is done here. The most
+    probable token is the same with and without."""
     template: str
     max_tokens: int
     """Most prompt tokens, and most new tokens."""
@@ -92,7 +95,10 @@ class TransformersModel:
         logprobs: list[torch.Tensor] = []  # of the greedy token, [B] per step
 
         def note(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            logprobs.append(logits.float().log_softmax(-1).amax(-1))
+            capped = logits.float()
+            if self.softcap is not None:
+                capped = torch.tanh(capped / self.softcap) * self.softcap
+            logprobs.append(capped.log_softmax(-1).amax(-1))
             return logits
 
         device = self.model.device
@@ -154,6 +160,8 @@ def load_checkpoint(
     tokenizer = Tokenizer(source.path / "tokenizer.json", bos_id=config.bos_token_id)
     tokenizer.check_ids(config.text.vocab_size)
     model, versions = _load(source.path, adapter, device, threads)
+    if config.text.final_logit_softcapping is not None:
+        model.config.get_text_config().final_logit_softcapping = None
     p = config.vision.num_image_tokens
     described = {
         "checkpoint": source.name,
@@ -171,6 +179,7 @@ def load_checkpoint(
         image_token_id=config.image_token_id,
         eos_id=config.eos_token_id,
         pad_id=config.pad_token_id,
+        softcap=config.text.final_logit_softcapping,
         template=template,
         max_tokens=min(TEXT_TOKENS, (config.text.max_position_embeddings - p) // 2),
         described=described | versions,

@@ -23,6 +23,7 @@ FIELDS = (
     "top_k",
     "seed",
     "stop",
+    "min_confidence",
 )
 CHAT_FIELDS = (
     "model",

@@ -1,28 +1,41 @@
 // Boxes in the text of a detect prompt: "<locY0><locX0><locY1><locX1> label", several separated by " ; ".
 
 const BINS = 1024;
-const GROUP = /<loc(\d{4})>\s*<loc(\d{4})>\s*<loc(\d{4})>\s*<loc(\d{4})>(?:\s*<seg\d{3}>)*([^<;]*)/g;
+const MARKER = /<(?:loc(\d{4})|seg(\d{3}))>/;
 const COLOURS = ["#ffd400", "#4ddcff", "#ff8ad8", "#7dea6a", "#ffab5e", "#c3b1ff"];
 
 /**
- * Reads the boxes; one label has one colour.
+ * Reads the boxes as pgfast/locations.py does, and leaves out the same ones; one label has one colour.
  * @param {string} text what the model wrote
  * @returns {{left: number, top: number, right: number, bottom: number, label: string, colour: string}[]} edges from 0 to 1
  */
 export function parseBoxes(text) {
-  const seen = [];
-  const boxes = [];
-  for (const [, ...parts] of text.matchAll(GROUP)) {
-    const [y0, x0, y1, x1] = parts.slice(0, 4).map((bin) => Number(bin) / BINS);
-    if (Math.max(y0, x0, y1, x1) >= 1) continue; // not a bin: the model knows 0000 to 1023
-    const label = parts[4].trim() || "unnamed";
-    if (!seen.includes(label)) seen.push(label);
-    boxes.push({
-      left: Math.min(x0, x1), right: Math.max(x0, x1), top: Math.min(y0, y1), bottom: Math.max(y0, y1),
-      label, colour: COLOURS[seen.indexOf(label) % COLOURS.length],
-    });
+  const objects = [];
+  let bins = [];
+  const finish = (label) => {
+    if (bins.length === 4) objects.push({ bins, label: label || "unnamed" });
+    bins = [];
+  };
+  const parts = text.split(MARKER); // text, then for each marker: its bin, its code (one is undefined), text
+  for (let i = 0; i < parts.length; i += 3) {
+    if (i && parts[i - 2] !== undefined) {
+      if (bins.length === 4) finish(""); // the object before it has no label
+      bins.push(Number(parts[i - 2]));
+    }
+    const [label, ...others] = parts[i].split(";");
+    if (label.trim() || others.length) finish(label.trim());
   }
-  return boxes;
+  finish("");
+  const seen = [];
+  return objects.flatMap(({ bins: [y0, x0, y1, x1], label }) => {
+    if (Math.max(y0, x0, y1, x1) >= BINS || y0 === y1 || x0 === x1) return []; // no bin, or an empty box
+    if (!seen.includes(label)) seen.push(label);
+    return {
+      left: Math.min(x0, x1) / BINS, right: Math.max(x0, x1) / BINS,
+      top: Math.min(y0, y1) / BINS, bottom: Math.max(y0, y1) / BINS,
+      label, colour: COLOURS[seen.indexOf(label) % COLOURS.length],
+    };
+  });
 }
 
 /** Draws boxes into an element that lies exactly over the picture. */
