@@ -224,7 +224,9 @@ def _order(dataset: Dataset, rows: NDArray[np.int64], config: TrainConfig, per_s
     if not scenes:
         return balanced
     others = [record for record in records if not record.picture.startswith("easy-vqa/")]
-    return MixedOrder(balanced, rows[~easy], others, seed=config.seed, pictures=scenes, per_picture=per_picture)
+    return MixedOrder(
+        balanced, rows[~easy], others, seed=config.seed, steps=config.max_steps, pictures=scenes, per_picture=per_picture
+    )
 
 
 def _digest(dataset: Dataset, rows: NDArray[np.int64]) -> str:

@@ -10,7 +10,7 @@ from ..demo.scenes import make_scene
 from .easy_vqa import EasyVqaDataset
 from .records import Record
 
-SCENES, SEED = 10_000, 0
+SCENES, SEED = 20_000, 0
 """How many scenes, and the seed of their set; evaluation draws from other seeds."""
 QUESTIONS = 8
 """First word of the seeds of what is asked about a scene."""

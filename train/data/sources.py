@@ -17,15 +17,16 @@ from .vqav2 import VqaDataset
 
 _EASY_VQA: dict[str, Literal["train", "test"]] = {"easy-vqa:train": "train", "easy-vqa:test": "test"}
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?", re.ASCII)
-_KINDS = "a VQAv2 questions file (.json), a .jsonl file, a folder, a Hub id such as org/name:train, or easy-vqa:train"
+_KINDS = "a VQAv2 questions file (.json), a .jsonl file, a folder, a Hub id such as org/name:train, easy-vqa:train, or demo:train"
 
 
 def open_dataset(spec: str, *, images: Path | None = None, annotations: Path | None = None) -> Dataset:
     """Open training or evaluation data.
 
     Args:
-        spec: `easy-vqa:train` or `easy-vqa:test`; `demo:train`, easy-VQA and scenes; the official VQAv2 questions (`.json`); a `.jsonl` file; a folder with
-            `annotations.jsonl` or `_annotations.*.jsonl`, or one that `datasets` saved; or `org/name:split` on the Hub.
+        spec: `easy-vqa:train` or `easy-vqa:test`; `demo:train`, easy-VQA and scenes; the official VQAv2 questions (`.json`);
+            a `.jsonl` file; a folder with `annotations.jsonl` or `_annotations.*.jsonl`, or one that `datasets` saved; or
+            `org/name:split` on the Hub.
         images: The folder of the pictures, where they are not beside the data.
         annotations: The VQAv2 annotations, where they are not beside the questions.
 

@@ -55,7 +55,7 @@ def make_base(config: TrainConfig, folder: Path, on_progress: Callable[[str, int
     tokenizer = tiny_paligemma.build_tokenizer([fill_template(config.prompt, language=config.language, text=""), *_texts()])
     model = tiny_paligemma.build_model(tiny_paligemma.build_config(tokenizer))
     model.set_attn_implementation(config.attention)
-    tower = DenseTower(model.model.vision_tower)
+    tower = DenseTower(model, tokenizer)
     shape, color = easy_vqa_data.labels(questions)
     known = np.flatnonzero((shape >= 0) & (color >= 0) & ~_held_out(questions, config))
     half = resolve_precision(config.precision, torch.device("cpu")) == "bf16"
@@ -74,7 +74,7 @@ def make_base(config: TrainConfig, folder: Path, on_progress: Callable[[str, int
         labels = np.stack([patch_labels(things) for things in (*single, *(scene.things for scene in scenes))])
         pixels = torch.from_numpy(normalize(pictures, tiny_paligemma.IMAGE_SPEC))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = dense_loss(tower, pixels, labels)
+            loss = dense_loss(tower(pixels), labels)
         schedule.set_learning_rate(optimizer, rate * schedule.factor(step, steps, kind="linear", warmup=0))
         optimizer.zero_grad()
         loss.backward()

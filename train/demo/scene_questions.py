@@ -15,6 +15,7 @@ from .tiny_paligemma import IMAGE_SIZE
 BINS = 1024
 """Location tokens along a side."""
 CAPTION = "caption en"
+COUNT = "how many shapes are there?"
 _NEGATED = re.compile(r"\b(no|not)\b")
 
 
@@ -108,7 +109,7 @@ def _counts(things: Sequence[Thing], rng: np.random.Generator) -> list[Asked]:
     return [
         Asked(f"how many {shape}s are there?", str(of_shape), "count"),
         Asked(f"how many {color} shapes are there?", str(of_color), "count"),
-        Asked("how many shapes are there?", str(len(things)), "count"),
+        Asked(COUNT, str(len(things)), "count"),
     ]
 
 
@@ -121,10 +122,10 @@ def _absent(things: Sequence[Thing], rng: np.random.Generator) -> str:
     """Name a thing that is not there; its shape and its colour may be."""
     there = {thing.name for thing in things}
     while True:
-        shape, color = rng.integers(len(SHAPES)), rng.integers(len(COLORS))
+        shape, color = int(rng.integers(len(SHAPES))), int(rng.integers(len(COLORS)))
         if rng.integers(2):  # harder: half right
             thing = things[int(rng.integers(len(things)))]
             shape, color = (thing.shape, color) if rng.integers(2) else (shape, thing.color)
-        name = Thing(int(shape), int(color), (0, 0, 0, 0)).name
+        name = Thing(shape, color, (0, 0, 0, 0)).name
         if name not in there:
             return name

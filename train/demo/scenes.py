@@ -22,6 +22,7 @@ RGB = ((0, 0, 0), (0, 0, 255), (165, 42, 42), (128, 128, 128), (0, 255, 0), (255
 """easy-VQA's colours, in the order of `COLORS`."""
 SMALLEST, LARGEST = 8, (32, 27, 23, 20)
 """Pixels of a side; the largest by the number of shapes."""
+MOST_THINGS = len(LARGEST)
 GAP = 2
 """Pixels between two boxes at least."""
 APART = 4
@@ -80,7 +81,7 @@ def make_scene(seed: int, number: int) -> Scene:
         number: Of the scene in its set; what it holds is independent of the others.
     """
     rng = np.random.default_rng([SCENES, seed, number])
-    count = int(rng.integers(1, 5))
+    count = int(rng.integers(1, MOST_THINGS + 1))
     while True:
         things: list[Thing] = []
         for _ in range(20 * count):

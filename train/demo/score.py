@@ -88,7 +88,7 @@ def score(engine: Engine, scenes: int = 1000) -> dict[str, Any]:
     precision, recall = hits / max(found_count, 1), hits / wanted_count
     encoded = [engine.encode_image(image) for image in test.images]
     pairs = [(encoded[picture], text) for picture, text in zip(test.image_index, test.texts, strict=True)]
-    easy = [a.text == b for a, b in zip(engine.answer_batch(pairs), test.answers, strict=True)]  # type: ignore[arg-type]
+    easy = [a.text == b for a, b in zip(engine.answer_batch(pairs), test.answers, strict=True)]
     return {
         "scenes": scenes,
         "exact captions": float(np.mean(right["caption"])),

@@ -59,7 +59,7 @@ def build_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
             "patch_size": PATCH_SIZE,
             "hidden_size": 96,
             "intermediate_size": 192,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_image_tokens": num_image_tokens,
             "projection_dim": hidden_size,

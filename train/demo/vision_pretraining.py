@@ -1,6 +1,7 @@
-"""Pretraining of the vision tower: each patch tells which shape covers it, of which colour, and where that shape ends.
+"""Pretraining of the vision tower: each patch tells, in the language model's words, what covers it and where that thing ends.
 
-The real PaliGemma starts from a pretrained SigLIP; without this the tiny one never learns the shapes (`docs/log.md`).
+The real PaliGemma starts from a SigLIP that was trained beside texts; without this the tiny one never learns the shapes
+(`docs/log.md`).
 """
 
 from __future__ import annotations
@@ -10,58 +11,93 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
+from transformers import PaliGemmaForConditionalGeneration
 
 from .easy_vqa_data import COLORS, SHAPES
-from .scenes import Thing
+from .scene_questions import location
+from .scenes import MOST_THINGS, Thing
 from .tiny_paligemma import IMAGE_SIZE, PATCH_SIZE
 
 SIDE = IMAGE_SIZE // PATCH_SIZE
+EDGES = IMAGE_SIZE + 1
+"""Places of a box's edge."""
 NOTHING = (len(SHAPES), len(COLORS))
 """Shape and colour of a patch of background."""
-BOX_WEIGHT = 5.0
-"""Of the distance of a box's edges, in picture sides, beside the two cross entropies."""
+BLUR = 0.7
+"""Pixels (standard deviation) that the place of an edge is spread over."""
 
 
 class DenseTower(nn.Module):
-    """The vision tower with a linear head on every patch; the head is thrown away afterwards."""
+    """Tower and projector with heads on every patch, which are thrown away afterwards.
 
-    def __init__(self, vision_tower: nn.Module) -> None:
+    Words and places are told by the nearness to the language model's embeddings, which are trained with it: a question's word
+    then looks like the patches it means.
+    """
+
+    def __init__(self, model: PaliGemmaForConditionalGeneration, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.vision_tower = vision_tower
-        width: int = vision_tower.config.hidden_size  # type: ignore[union-attr, assignment]
-        self.sizes = (len(SHAPES) + 1, len(COLORS) + 1, 4)
-        self.head = nn.Linear(width, sum(self.sizes))
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.embedding = model.get_input_embeddings()
+        width = self.embedding.embedding_dim
+        places = [location((edge, 0, 0, 0))[:9] for edge in range(EDGES)]
+        self.ids = {
+            "shape": [tokenizer.token_to_id(word) for word in SHAPES],
+            "color": [tokenizer.token_to_id(word) for word in COLORS],
+            "place": [tokenizer.token_to_id(place) for place in places],
+        }
+        self.nothing = nn.Linear(width, 2)
+        self.edges = nn.Linear(width, 4 * width, bias=False)
+        self.order = nn.Linear(width, 2 * MOST_THINGS)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[N, 3, R, R] to logits of shape [N, P, 4] and colour [N, P, 9], and boxes [N, P, 4] in picture sides."""
-        patches = self.vision_tower(pixels).last_hidden_state  # [N, P, W]
-        return self.head(patches).float().split(self.sizes, dim=-1)
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[N, 3, R, R] to logits: shape [N, P, 4], color [N, P, 9], box [N, P, 4, EDGES], order [N, P, 2, MOST_THINGS]."""
+        features = self.projector(self.tower(pixels).last_hidden_state).float()  # [N, P, D]
+        words = {name: self.embedding(torch.tensor(ids)).float() for name, ids in self.ids.items()}  # [W, D]
+        nothing = self.nothing(features).split(1, dim=-1)
+        edges = self.edges(features).unflatten(-1, (4, -1))  # [N, P, 4, D]
+        return {
+            "shape": torch.cat([features @ words["shape"].T, nothing[0]], dim=-1),
+            "color": torch.cat([features @ words["color"].T, nothing[1]], dim=-1),
+            "box": edges @ words["place"].T,
+            "order": self.order(features).unflatten(-1, (2, MOST_THINGS)),
+        }
 
 
-def patch_labels(things: Sequence[Thing]) -> NDArray[np.float32]:
-    """Return [P, 6]: shape, colour, and top, left, bottom, right in picture sides of what covers most of each patch's square."""
-    labels = np.zeros((SIDE, SIDE, 6), np.float32)
+def patch_labels(things: Sequence[Thing]) -> NDArray[np.int64]:
+    """Return [P, 8] of what covers most of each patch's square.
+
+    They are shape, colour, top, left, bottom, right in pixels, and its number from the left and from the right.
+    """
+    labels = np.zeros((SIDE, SIDE, 8), np.int64)
     labels[..., :2] = NOTHING
     covered = np.zeros((SIDE, SIDE))
     starts = np.arange(SIDE) * PATCH_SIZE
-    for thing in things:
+    for number, thing in enumerate(things):
         top, left, bottom, right = thing.box
         down = np.clip(np.minimum(starts + PATCH_SIZE, bottom) - np.maximum(starts, top), 0, None)
         across = np.clip(np.minimum(starts + PATCH_SIZE, right) - np.maximum(starts, left), 0, None)
         area = np.outer(down, across)
-        labels[area > covered] = (thing.shape, thing.color, *(edge / IMAGE_SIZE for edge in thing.box))
+        labels[area > covered] = (thing.shape, thing.color, *thing.box, number, len(things) - 1 - number)
         covered = np.maximum(covered, area)
-    return labels.reshape(-1, 6)
+    return labels.reshape(-1, 8)
 
 
-def dense_loss(tower: DenseTower, pixels: torch.Tensor, labels: NDArray[np.float32]) -> torch.Tensor:
-    """Sum of both cross entropies and the weighted distance of boxes; pixels [N, 3, R, R], labels [N, P, 6]."""
-    shape_logits, color_logits, boxes = tower(pixels)
+def dense_loss(logits: dict[str, torch.Tensor], labels: NDArray[np.int64]) -> torch.Tensor:
+    """Add up the cross entropies: of shape and colour on all patches, of edges and order on those that a thing covers.
+
+    Args:
+        logits: What `DenseTower` gave.
+        labels: [N, P, 8], `patch_labels` of each picture.
+    """
     wanted = torch.from_numpy(labels)
-    shape, color = wanted[..., 0].long(), wanted[..., 1].long()
-    there = shape != NOTHING[0]
-    loss: torch.Tensor = functional.cross_entropy(shape_logits.flatten(0, 1), shape.flatten())
-    loss = loss + functional.cross_entropy(color_logits.flatten(0, 1), color.flatten())
-    return loss + BOX_WEIGHT * functional.l1_loss(boxes[there], wanted[..., 2:][there])
+    there = wanted[..., 0] != NOTHING[0]  # [N, P]
+    distance = torch.arange(EDGES) - wanted[there][:, 2:6, None]  # [covered, 4, EDGES]
+    spread = torch.softmax(-0.5 * (distance / BLUR) ** 2, dim=-1)
+    edges = -(spread * logits["box"][there].log_softmax(dim=-1)).sum(dim=-1).mean()
+    shape = functional.cross_entropy(logits["shape"].flatten(0, 1), wanted[..., 0].flatten())
+    color = functional.cross_entropy(logits["color"].flatten(0, 1), wanted[..., 1].flatten())
+    order = functional.cross_entropy(logits["order"][there].flatten(0, 1), wanted[there][:, 6:].flatten())
+    return torch.stack([shape, color, edges, order]).sum()
