@@ -43,9 +43,7 @@ def test_a_wide_request_is_not_overtaken_and_gets_its_turn(held: Callable[..., H
 def test_several_wide_requests_share_the_slots_in_turn() -> None:
     decoder = FakeDecoder(5)
     scheduler = Scheduler(decoder, together=3)
-    tickets = [
-        scheduler.submit(beams(2 + i % 4), fake_features(i % 3), [2 + i], patient=bool(i % 2)) for i in range(10)
-    ]
+    tickets = [scheduler.submit(beams(2 + i % 4), fake_features(i % 3), [2 + i], patient=bool(i % 2)) for i in range(10)]
     for ticket in tickets:
         ticket.wait(20)
     scheduler.close()
