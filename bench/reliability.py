@@ -17,7 +17,7 @@ COMMAND, VERSION = "make soak", 1
 BEGIN = "<!-- figures: made by `python -m pgfast.bench.reliability`, do not edit -->"
 END = "<!-- end of figures -->"
 MOST_SLOPE = 200.0
-"""Bytes of resident memory per answer, after the first quarter: 4 MB in 20,000 answers; the allocator alone makes it waver by 100."""
+"""Bytes of resident memory per answer, after the first quarter: 4 MB in 20,000 answers; the allocator alone wavers by 100."""
 
 
 def write_part(path: Path, name: str, figures: dict[str, Any]) -> None:

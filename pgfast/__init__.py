@@ -13,14 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pgfast.errors import PgfastError
-from pgfast.types import Answer, EncodedImage, GenerateOptions, Timings
+from pgfast.types import Answer, Detection, EncodedImage, GenerateOptions, Segment, Timings
 
 if TYPE_CHECKING:
     from pgfast.engine import Engine
     from pgfast.loading import load
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "EncodedImage", "Engine", "GenerateOptions", "PgfastError", "Timings", "load"]
+__all__ = ["Answer", "Detection", "EncodedImage", "Engine", "GenerateOptions", "PgfastError", "Segment", "Timings", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,9 +77,10 @@ class Tokenizer:
         self._unknown_id = tokenizer.token_to_id("<unk>")
         self._reserved_ids = {id for id, token in added.items() if _RESERVED.fullmatch(token.content)} - {self._unknown_id}
         self._special_ids = {id for id, token in added.items() if token.special}
-        byte_ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        found = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        byte_ids = [id for id in found if id is not None]
         # of byte fallback, which has all of them
-        self._bytes: dict[int, int] = {} if None in byte_ids else {id: byte for byte, id in enumerate(byte_ids)}
+        self._bytes = {id: byte for byte, id in enumerate(byte_ids)} if len(byte_ids) == len(found) else {}
         self._location_ids = {id for id, token in added.items() if _LOCATION.fullmatch(token.content)}
 
     def _ids(self, text: str) -> list[int]:

@@ -44,7 +44,8 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_public_names_are_pinned() -> None:
-    assert pgfast.__all__ == ["Answer", "EncodedImage", "Engine", "GenerateOptions", "PgfastError", "Timings", "load"]
+    public = "Answer Detection EncodedImage Engine GenerateOptions PgfastError Segment Timings load"
+    assert pgfast.__all__ == public.split()
     for name in pgfast.__all__:
         assert getattr(pgfast, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -66,7 +67,8 @@ def test_the_public_api_keeps_its_signatures() -> None:
     assert parameters(engine.detect) == "self, image, labels, options"
     assert parameters(engine.segment) == "self, image, labels, options"
     assert parameters(engine.encode_image) == "self, image"
-    assert parameters(pgfast.GenerateOptions) == "max_new_tokens, temperature, top_p, top_k, seed, stop, min_confidence"
+    options = "max_new_tokens, temperature, top_p, top_k, seed, stop, repetition_penalty, beams, length_penalty, min_confidence"
+    assert parameters(pgfast.GenerateOptions) == options
     fields = "text, confidence, token_ids, token_logprobs, finish_reason, choices, timings, calibrated, unsure_of"
     assert parameters(pgfast.Answer) == fields
     assert parameters(pgfast.Timings) == "preprocess, vision, prefill, decode, ttft, total"

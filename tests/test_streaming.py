@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,9 @@ one_id = st.one_of(
     st.integers(len(PIECES), len(PIECES) + 255),
 )
 character = st.sampled_from(["\u00fc", "\u20ac", "\U0001f389", FAMILY, "\u00e4", "a"]).map(lambda text: byte_ids(text.encode()))
-spoken = st.lists(st.one_of(one_id.map(lambda id: [id]), character), min_size=1, max_size=14).map(lambda parts: sum(parts, []))
+spoken = st.lists(st.one_of(one_id.map(lambda id: [id]), character), min_size=1, max_size=14).map(
+    lambda parts: list(itertools.chain(*parts))
+)
 stops = st.lists(
     st.sampled_from(["blue", "lueb", "ue ci", "a", "aa", "\u00fc", "\u200d", "\ufffd", " ", "\n", "ea\u00e4", "\U0001f389a"]),
     max_size=3,
