@@ -75,7 +75,7 @@ def test_the_tower_is_pretrained_on_training_pictures_alone(train_split: data.Qu
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     of_run = hold_out(np.array([number[name] for name in names]), config.holdout, config.seed)
     of_tower = base_model._held_out(train_split, config)
-    assert of_tower.sum() == 200
+    assert 150 < of_tower.sum() < 250
     np.testing.assert_array_equal(of_tower[train_split.image_index], of_run[: len(train_split.texts)])
     assert names[len(train_split.texts)].startswith("scene/")
 

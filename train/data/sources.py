@@ -17,7 +17,9 @@ from .vqav2 import VqaDataset
 
 _EASY_VQA: dict[str, Literal["train", "test"]] = {"easy-vqa:train": "train", "easy-vqa:test": "test"}
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?", re.ASCII)
-_KINDS = "a VQAv2 questions file (.json), a .jsonl file, a folder, a Hub id such as org/name:train, easy-vqa:train, or demo:train"
+_KINDS = (
+    "a VQAv2 questions file (.json), a .jsonl file, a folder, a Hub id such as org/name:train, easy-vqa:train, or demo:train"
+)
 
 
 def open_dataset(spec: str, *, images: Path | None = None, annotations: Path | None = None) -> Dataset:
