@@ -78,6 +78,7 @@ def build_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
             "max_position_embeddings": 1024,
             "hidden_act": "gelu_pytorch_tanh",
             "num_image_tokens": num_image_tokens,
+            "initializer_range": hidden_size**-0.5,  # 0.02 is for widths of thousands: attention hardly starts to move
         },
         image_token_index=tokenizer.token_to_id(IMAGE_TOKEN),
         projection_dim=hidden_size,
