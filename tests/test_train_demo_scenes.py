@@ -14,7 +14,7 @@ from pgfast.train.demo.easy_vqa_data import COLORS, SHAPES
 from pgfast.train.demo.mixed_order import MixedOrder
 from pgfast.train.demo.scene_questions import caption, detect, detection, easy_answer, questions
 from pgfast.train.demo.scenes import MOST_THINGS, RGB, Thing, make_scene
-from pgfast.train.demo.vision_pretraining import SIDE, patch_labels
+from pgfast.train.demo.vision_pretraining import NOTHING, SIDE, patch_labels
 
 from pgfast.locations import box_in_pixels, parse
 from pgfast.types import Detection
@@ -124,12 +124,13 @@ def test_questions_are_true_and_boxes_come_back_to_the_pixel() -> None:
     assert kinds >= {"caption", "detect present", "detect absent", "count", "thing", "side", "what color", "what shape"}
 
 
-def test_patches_are_labelled_by_the_nearest_thing() -> None:
+def test_patches_are_labelled_by_what_covers_most_of_them() -> None:
     labels = patch_labels(THINGS).reshape(SIDE, SIDE, 8)
-    assert tuple(labels[4, 2]) == (TRIANGLE, GRAY, 30, 16, 47, 36, 1, 1)
-    assert tuple(labels[0, 7]) == tuple(labels[2, 7]) == (CIRCLE, BLUE, 0, 48, 16, 64, 2, 0)
-    assert tuple(labels[1, 0]) == tuple(labels[0, 0]) == (CIRCLE, RED, 10, 2, 20, 12, 0, 2)
-    assert tuple(labels[7, 7, :2]) == (TRIANGLE, GRAY)
+    assert tuple(labels[4, 2, :2]) == (TRIANGLE, GRAY)
+    assert tuple(labels[0, 7]) == (CIRCLE, BLUE, 0, 48, 16, 64, 2, 0)
+    assert tuple(labels[7, 0, :2]) == NOTHING
+    assert tuple(labels[1, 0]) == (CIRCLE, RED, 10, 2, 20, 12, 0, 2)
+    assert (labels[..., 0] != NOTHING[0]).sum() == 2 * 2 + 3 * 3 + 2 * 2
 
 
 def records(dataset: DemoDataset) -> tuple[np.ndarray, list[Record], MixedOrder]:
