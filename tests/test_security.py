@@ -15,28 +15,42 @@ from conftest import TESTS
 ROOT = TESTS.parent
 SOURCES = sorted(path for room in ("pgfast", "export", "train", "bench") for path in (ROOT / room).rglob("*.py"))
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp", "torch.hub.load", "yaml.load"}
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp", "torch.hub.load"}
+CALLS |= {"yaml.load", "yaml.unsafe_load", "pandas.read_pickle", "runpy.run_path", "subprocess.getoutput"}
 TRUSTED = {
     "torch.load": ("weights_only", True),
-    "np.load": ("allow_pickle", False),
     "numpy.load": ("allow_pickle", False),
 }
 """Calls that are safe with one keyword only."""
 FORBIDDEN = {"trust_remote_code": True, "shell": True, "allow_pickle": True, "weights_only": False}
 
 
-def name_of(node: ast.expr) -> str:
+def imported(tree: ast.Module) -> dict[str, str]:
+    """What names of modules and of their members stand for."""
+    found = {}
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            if isinstance(node, ast.ImportFrom):
+                found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+            elif alias.asname:
+                found[alias.asname] = alias.name
+    return found
+
+
+def name_of(node: ast.expr, names: dict[str, str]) -> str:
     """`os.system` of the call's function; empty for anything else."""
     if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (owner := name_of(node.value)):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute) and (owner := name_of(node.value, names)):
         return f"{owner}.{node.attr}"
     return ""
 
 
 def findings(source: str) -> Iterator[str]:
     """Lines that break a rule."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    aliases = imported(tree)
+    for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -46,7 +60,7 @@ def findings(source: str) -> Iterator[str]:
             if name.partition(".")[0] in UNPICKLERS:
                 yield f"line {node.lineno}: imports {name}"  # type: ignore[attr-defined]
         if isinstance(node, ast.Call):
-            called = name_of(node.func)
+            called = name_of(node.func, aliases)
             given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
             if called in CALLS:
                 yield f"line {node.lineno}: calls {called}"
@@ -68,6 +82,10 @@ def test_no_source_unpickles_or_evaluates(path: Path) -> None:
     [
         "import pickle",
         "import dill.source",
+        "from os import system\nsystem('ls')",
+        "from torch import load\nload('x')",
+        "from numpy import load as read\nread('x')",
+        "import yaml as y\ny.load('x')",
         "from marshal import loads",
         "x = eval('1')",
         "import os\nos.system('ls')",
@@ -96,22 +114,66 @@ def test_the_rules_let_the_safe_forms_pass() -> None:
     assert list(findings("\n".join(safe))) == []
 
 
-def test_unfinished_folders_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export's folder is readable by its user alone until it is whole; then it has the rights that a new folder has."""
-    from pgfast.export.build import export
-    from pgfast.export.plan import ExportOptions
+@pytest.fixture(params=[0o022, 0o077], ids=["umask022", "umask077"])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
 
-    modes = []
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rights of the temporary folders that were made."""
+    found: list[int] = []
     make = tempfile.mkdtemp
 
     def noted(*words: object, **named: object) -> str:
         folder = make(*words, **named)  # type: ignore[call-overload]
-        modes.append(stat.S_IMODE(os.stat(folder).st_mode))
+        found.append(stat.S_IMODE(os.stat(folder).st_mode))
         return str(folder)
 
     monkeypatch.setattr(tempfile, "mkdtemp", noted)
-    export(str(TESTS / "demo_checkpoint"), tmp_path / "out", ExportOptions())
+    return found
+
+
+def check_rights(out: Path, modes: list[int], umask: int) -> None:
+    """A folder is readable by its user alone until it is whole; then it has the rights that the user gives new folders."""
     assert modes
     assert set(modes) == {0o700}
-    (tmp_path / "new").mkdir()
-    assert (tmp_path / "out").stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask for path in out.iterdir())
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_an_unfinished_export_is_private(tmp_path: Path, modes: list[int], umask: int) -> None:
+    from pgfast.export.build import export
+    from pgfast.export.plan import ExportOptions
+
+    export(str(TESTS / "demo_checkpoint"), tmp_path / "out", ExportOptions())
+    check_rights(tmp_path / "out", modes, umask)
+
+
+def test_an_unfinished_report_of_an_evaluation_is_private(tmp_path: Path, modes: list[int], umask: int) -> None:
+    from pgfast.train.evaluation.report import _appears_whole
+
+    with _appears_whole(tmp_path / "out") as folder:
+        (folder / "questions.jsonl").write_text("{}")
+        with pytest.raises(FileNotFoundError):
+            (tmp_path / "out").stat()
+    check_rights(tmp_path / "out", modes, umask)
+
+
+def test_a_picture_is_not_written_through_a_link_at_its_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that others write to; the name is random, and here they know it."""
+    from PIL import Image
+
+    from pgfast.drawing import save_picture
+    from pgfast.errors import InputError
+
+    monkeypatch.setattr("secrets.token_hex", lambda size: "known")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".pgfast-known.partial").symlink_to(victim)
+    with pytest.raises(InputError, match="cannot be written"):
+        save_picture(Image.new("RGB", (4, 4)), tmp_path / "out.png")
+    assert victim.read_text() == "precious"
