@@ -66,11 +66,13 @@ def keep(target: str, found: Path) -> None:
             text=True,
             errors="replace",
         )
-        old = {path.name: path for path in (CORPUS / target).iterdir()}
-        room = MOST_BYTES - sum(path.stat().st_size for path in old.values())
-        for path in sorted(Path(merged).iterdir(), key=lambda path: path.stat().st_size):
+        old = {path.read_bytes() for path in (CORPUS / target).iterdir()}  # their names are of any kind
+        assert list(Path(merged).iterdir()), "the merge failed: what was there reaches some code at least"
+        room = MOST_BYTES - sum(map(len, old))
+        new = [path for path in Path(merged).iterdir() if path.read_bytes() not in old]
+        for path in sorted(new, key=lambda path: (path.stat().st_size, path.name)):
             room -= path.stat().st_size
-            if path.name not in old and room >= 0:
+            if room >= 0:
                 shutil.copyfile(path, CORPUS / target / path.name)
 
 

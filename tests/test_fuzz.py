@@ -61,3 +61,30 @@ def test_a_planted_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run, "command", lambda target, *words: [sys.executable, str(script), prefix, *map(str, words)])
     assert run.run("planted", 60, tmp_path / "found")["findings"] == 1
     assert [path.read_bytes()[:2] for path in tmp_path.glob("planted-crash-*")] == [b"pg"]
+
+
+@needs_atheris
+def test_what_reaches_new_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(ROOT)
+    run = importlib.import_module("fuzz.run")
+    corpus, found = tmp_path / "corpus" / "locations", tmp_path / "found"
+    corpus.mkdir(parents=True)
+    found.mkdir()
+    (corpus / "old").write_bytes(b"cat")
+    (found / "same").write_bytes(b"cat")
+    (found / "new").write_bytes(b"<loc0001><loc0002><loc0300><loc0400> cat ; <loc0001> dog")
+    monkeypatch.setattr(run, "CORPUS", tmp_path / "corpus")
+    run.keep("locations", found)
+    assert sorted(path.read_bytes() for path in corpus.iterdir()) == sorted(
+        [b"cat", b"<loc0001><loc0002><loc0300><loc0400> cat ; <loc0001> dog"]
+    )
+    monkeypatch.setattr(run, "MOST_BYTES", 10)
+    (found / "large").write_bytes(bytes(range(256)))
+    run.keep("locations", found)
+    assert len(list(corpus.iterdir())) == 2
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(run, "CORPUS", tmp_path / "corpus")
+    run.keep("locations", found)
+    assert bytes(range(256)) in [path.read_bytes() for path in corpus.iterdir()]
