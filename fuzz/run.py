@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pgfast.bench.machine import describe
 from pgfast.bench.reliability import write_part
 
 from .target import CORPUS
@@ -90,6 +91,7 @@ def main() -> int:
         print("not run: atheris is not installed (it has wheels for Linux on x86-64)")
         return 0
     os.makedirs(FINDINGS, exist_ok=True)
+    machine = describe()
     figures: dict[str, Any] = {}
     for target in words.targets:
         with tempfile.TemporaryDirectory() as found:
@@ -97,7 +99,7 @@ def main() -> int:
             if words.keep and not figures[target]["findings"]:
                 keep(target, Path(found))
         if words.json:
-            write_part(words.json, f"fuzz {target}", {"seconds": words.seconds, "atheris": version, **figures[target]})
+            write_part(words.json, f"fuzz {target}", {"seconds": words.seconds, "atheris": version, **figures[target]}, machine)
         print(f"{target:10} " + ", ".join(f"{name} {value}" for name, value in figures[target].items()), flush=True)
     if bad := [target for target, each in figures.items() if each["findings"]]:
         print(f"found something: {', '.join(bad)}; the inputs and the logs are in {FINDINGS}")

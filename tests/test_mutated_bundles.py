@@ -104,10 +104,11 @@ def main() -> None:
     import tempfile
     import time
 
+    from pgfast.bench.machine import describe
     from pgfast.bench.reliability import write_part
 
     count, first = map(int, sys.argv[1:3])
-    start = time.perf_counter()
+    machine, start = describe(), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = run_mutants(
             lambda folder, seed: make_mutant(demo_bundle(), folder, seed), range(first, first + count), Path(scratch)
@@ -117,7 +118,7 @@ def main() -> None:
         if not each.expected or each.kind not in ALLOWED:
             print(each)
     for file in sys.argv[3:]:
-        write_part(Path(file), "bundles", counted(outcomes) | {"seconds": time.perf_counter() - start})
+        write_part(Path(file), "bundles", counted(outcomes) | {"seconds": time.perf_counter() - start}, machine)
 
 
 if __name__ == "__main__":
