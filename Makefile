@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO_RUN := build/demo-model
 
-.PHONY: demo test test-slow browser lint demo-model demo-bundle seed-example bench bench-full wheel clean
+.PHONY: demo test test-slow browser lint lint-deploy demo-model demo-bundle seed-example bench bench-full fuzz soak wheel audit sbom release clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pgfast answer pgfast/demo/blue_circle.png "what color is the shape?"
@@ -63,8 +63,37 @@ bench: $(VENV)/.demo
 bench-full: $(VENV)/.test
 	$(BIN)/pgfast bench run 3b-224 --work build/bench --out build/bench/report
 
+# Every fuzz target for so many seconds; docs/reliability.md has the figures
+SECONDS := 600
+fuzz: $(VENV)/.test
+	$(BIN)/python -m fuzz.run --seconds $(SECONDS)
+
+soak: $(VENV)/.test
+	$(BIN)/python -m pgfast.bench.soak --answers 20000
+
+release: wheel audit sbom
+
 wheel: $(VENV)/.test
 	$(BIN)/python -m build --wheel
+
+# Known vulnerabilities of all that constraints.txt names (asks PyPI)
+audit: build/release/.ready
+	build/release/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+# What answering on a CPU needs, as CycloneDX
+sbom: build/release/.ready build/runtime/.ready
+	build/release/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate -o build/pgfast.cdx.json \
+		build/runtime/bin/python
+
+build/release/.ready: Makefile | $(BIN)/python
+	$(PYTHON) -m venv build/release
+	build/release/bin/pip --disable-pip-version-check --quiet install pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
+
+build/runtime/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	$(PYTHON) -m venv --clear build/runtime
+	build/runtime/bin/pip --disable-pip-version-check --quiet install -c constraints.txt '.[cpu]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,7 +10,6 @@ from typing import Any
 
 from pgfast.errors import InputError
 
-from .machine import describe
 from .result_file import read_result_file
 
 COMMAND, VERSION = "make soak", 1
@@ -20,10 +19,16 @@ MOST_SLOPE = 200.0
 """Bytes of resident memory per answer, after the first quarter: 4 MB in 20,000 answers; the allocator alone wavers by 100."""
 
 
-def write_part(path: Path, name: str, figures: dict[str, Any]) -> None:
-    """Put the figures of one run into a result file; the other parts stay."""
+def write_part(path: Path, name: str, figures: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Put the figures of one run into a result file; the other parts stay.
+
+    Args:
+        path: The result file, which may not exist yet.
+        name: Of the part.
+        figures: What `markdown` shows.
+        machine: What `describe` returned before the run: the commit is the one that ran, not the one at its end.
+    """
     parts = read(path)["parts"] if path.exists() else {}
-    machine = describe()
     parts[name] = figures | {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {key: machine[key] for key in ("processor", "cores", "python", "versions", "commit")},

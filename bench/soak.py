@@ -29,6 +29,7 @@ import pgfast
 from pgfast import Engine, GenerateOptions
 from pgfast.errors import InputError
 
+from .machine import describe
 from .reliability import MOST_SLOPE, write_part
 
 THREADS = 4
@@ -188,10 +189,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="result file, to which the part 'soak' is written")
     words = parser.parse_args()
     logging.getLogger("pgfast").setLevel(logging.ERROR)  # words that the model does not have, among others
+    machine = describe()
     with pgfast.load(provider="cpu") as engine:
         report = Soak(engine, words.answers, words.seed).run()
     if words.json:
-        write_part(words.json, "soak", report)
+        write_part(words.json, "soak", report, machine)
     sys.stdout.write(json.dumps({key: value for key, value in report.items() if key != "samples"}, indent=1) + "\n")
     return int(report["slope"] > MOST_SLOPE or report["wrong"] > 0)
 

@@ -215,14 +215,17 @@ def check_disk(out: Path, needed: int) -> None:
 
 @contextmanager
 def appears_whole(out: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `out` to write into; it gets its name only when everything is on disk.
+    """Give a temporary folder beside `out` to write into; it gets its name only when everything is on disk.
 
     An export that fails removes it; one that is killed leaves a hidden folder without a manifest, which nothing loads.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        # private until it is whole; the folder inside has the rights of any new folder
+        private = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        partial = private / out.name
+        partial.mkdir()
     except OSError as error:
         raise ExportError(f"{out} cannot be created: {error.strerror}") from error
     try:
@@ -230,7 +233,6 @@ def appears_whole(out: Path) -> Iterator[Path]:
         for path in (path for path in partial.rglob("*") if path.is_file()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        partial.chmod(0o755)
         os.rename(partial, out)
         made = []
     except OSError as error:
@@ -238,7 +240,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
             raise ExportError(f"the disk of {out.parent} is full: free some space and export again") from error
         raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # somebody else has put something there
                 parent.rmdir()

@@ -34,9 +34,6 @@ MAX_PIXELS = 1_000_000
 """Time goes into many pictures, not into large ones."""
 SPEC = ImageSpec(32, [0.5] * 3, [0.5] * 3, 1 / 255, "bicubic")
 
-logging.getLogger("pgfast").setLevel(logging.ERROR)
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-
 
 def check(data: bytes) -> None:
     """Open a picture."""
@@ -53,4 +50,6 @@ def check(data: bytes) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("pgfast").setLevel(logging.ERROR)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     fuzz(check)

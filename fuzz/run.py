@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pgfast.bench.machine import describe
 from pgfast.bench.reliability import write_part
 
 from .target import CORPUS
@@ -66,11 +67,13 @@ def keep(target: str, found: Path) -> None:
             text=True,
             errors="replace",
         )
-        old = {path.name: path for path in (CORPUS / target).iterdir()}
-        room = MOST_BYTES - sum(path.stat().st_size for path in old.values())
-        for path in sorted(Path(merged).iterdir(), key=lambda path: path.stat().st_size):
+        old = {path.read_bytes() for path in (CORPUS / target).iterdir()}  # their names are of any kind
+        assert list(Path(merged).iterdir()), "the merge failed: what was there reaches some code at least"
+        room = MOST_BYTES - sum(map(len, old))
+        new = [path for path in Path(merged).iterdir() if path.read_bytes() not in old]
+        for path in sorted(new, key=lambda path: (path.stat().st_size, path.name)):
             room -= path.stat().st_size
-            if path.name not in old and room >= 0:
+            if room >= 0:
                 shutil.copyfile(path, CORPUS / target / path.name)
 
 
@@ -88,6 +91,7 @@ def main() -> int:
         print("not run: atheris is not installed (it has wheels for Linux on x86-64)")
         return 0
     os.makedirs(FINDINGS, exist_ok=True)
+    machine = describe()
     figures: dict[str, Any] = {}
     for target in words.targets:
         with tempfile.TemporaryDirectory() as found:
@@ -95,7 +99,7 @@ def main() -> int:
             if words.keep and not figures[target]["findings"]:
                 keep(target, Path(found))
         if words.json:
-            write_part(words.json, f"fuzz {target}", {"seconds": words.seconds, "atheris": version, **figures[target]})
+            write_part(words.json, f"fuzz {target}", {"seconds": words.seconds, "atheris": version, **figures[target]}, machine)
         print(f"{target:10} " + ", ".join(f"{name} {value}" for name, value in figures[target].items()), flush=True)
     if bad := [target for target, each in figures.items() if each["findings"]]:
         print(f"found something: {', '.join(bad)}; the inputs and the logs are in {FINDINGS}")

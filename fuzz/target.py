@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -64,5 +65,9 @@ def fuzz(check: Callable[[bytes], None]) -> None:
     """Run a target with libFuzzer's options from the command line; does not return."""
     import atheris
 
-    atheris.Setup(sys.argv, check)
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "a target is run as `python -m fuzz.NAME`"
+    # a merge starts itself again: libFuzzer gives this, joined with the options, to a shell
+    program = f"{shlex.quote(sys.executable)} -m {spec.name}"
+    atheris.Setup([program, *sys.argv[1:]], check)
     atheris.Fuzz()

@@ -48,7 +48,9 @@ class Bundle:
                 _check_file(folder, name, entry, full_check)
             unlisted = {path.name for path in folder.iterdir() if path.suffix in (".onnx", ".data")} - set(manifest.files)
             if unlisted:
-                raise BundleError(f"{min(unlisted)} is not in the manifest: nothing vouches for it, remove it or export again")
+                raise BundleError(
+                    f"{min(unlisted)!r} is not in the manifest: nothing vouches for it, remove it or export again"
+                )
             sizes = {name: entry.size for name, entry in manifest.files.items()}
             for graph in manifest.graphs.values():
                 check_graph(folder / graph.file, sizes)

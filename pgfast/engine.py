@@ -23,7 +23,7 @@ from pgfast.pending import Pending
 from pgfast.pictures import PictureEncoder
 from pgfast.prompt import Tokenizer
 from pgfast.runtime.beam_search import BeamSearch
-from pgfast.runtime.generation import ChoiceScores, Generation
+from pgfast.runtime.generation import ChoiceScores, Ending, Generation
 from pgfast.runtime.model import Model
 from pgfast.runtime.providers import Target
 from pgfast.runtime.scheduler import Scheduler
@@ -272,13 +272,10 @@ class Engine(Tasks):
             raise InputError(f"beams is {options.beams}: this engine has room for {decoder.slots}")
         if options.beams > 1 and not decoder.copies:
             raise InputError("beams need the CPU provider: there is no copy within a GPU's cache yet")
-        return (Generation if options.beams == 1 else BeamSearch)(
-            options,
-            max_new_tokens=options.max_new_tokens or self.manifest.limits.new_tokens,
-            eos_id=self.manifest.tokens.eos,
-            stopped=lambda ids: any(text in decode(ids) for text in stop),
-            context=[self.manifest.tokens.image, *prompt],
-        )
+        stopped = (lambda ids: any(text in decode(ids) for text in stop)) if stop else None
+        limits, tokens = self.manifest.limits, self.manifest.tokens
+        ending = Ending(options.max_new_tokens or limits.new_tokens, tokens.eos, stopped)
+        return (Generation if options.beams == 1 else BeamSearch)(options, ending, [tokens.image, *prompt])
 
     def _answer_prompt(self, question: str | None, language: str) -> str:
         return task_prompt(self.manifest, "answer", question or "", language=language)

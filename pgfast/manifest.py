@@ -218,13 +218,13 @@ class Manifest:
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             hint = "upgrade pgfast" if isinstance(version, int) and version > FORMAT_VERSION else "export the checkpoint again"
-            raise BundleError(f"{MANIFEST} has format version {version!r}, this pgfast reads {FORMAT_VERSION}: {hint}")
+            raise BundleError(f"{MANIFEST} has format version {version!r:.100}, this pgfast reads {FORMAT_VERSION}: {hint}")
         try:
             manifest = parse(cls, raw)
         except ValueError as error:
             raise BundleError(f"{MANIFEST}: {error}") from error
+        _check_files(manifest)  # first: later messages name files
         check_values(manifest)
-        _check_files(manifest)
         return manifest
 
 
@@ -243,7 +243,7 @@ def check_values(m: Manifest) -> None:
         ("image.resampling", m.image.resampling, RESAMPLING),
     ):
         if value not in allowed:
-            raise BundleError(f"{MANIFEST}: {what} is {value!r}, this pgfast knows {', '.join(allowed)}")
+            raise BundleError(f"{MANIFEST}: {what} is {value!r:.100}, this pgfast knows {', '.join(allowed)}")
     for part in (m.dimensions, m.limits):
         for field in dataclasses.fields(part):
             if not 0 < getattr(part, field.name) < (1000 if field.name == "num_hidden_layers" else 2**24):
@@ -271,13 +271,13 @@ def _check_files(m: Manifest) -> None:
     """Refuse lists of files that leave out what is needed or name what is not in the bundle."""
     for name in (TOKENIZER, *(graph.file for graph in m.graphs.values())):
         if name not in m.files:
-            raise BundleError(f"{MANIFEST}: files does not list {name}")
+            raise BundleError(f"{MANIFEST}: files does not list {name!r:.100}")
     for engine in m.engines:
         named = re.fullmatch(r"\d+\.\d", engine.compute_capability) and engine.graph in m.graphs
         if not named or engine.file != engine_file(engine.graph, engine.compute_capability):
-            raise BundleError(f"{MANIFEST}: {engine.file!r} is not the name of an engine of this bundle")
+            raise BundleError(f"{MANIFEST}: {engine.file!r:.100} is not the name of an engine of this bundle")
         if not re.fullmatch(r"[\w.+-]{1,40}", engine.builder):
-            raise BundleError(f"{MANIFEST}: {engine.builder!r} is not a version of an engine's builder")
+            raise BundleError(f"{MANIFEST}: {engine.builder!r:.100} is not a version of an engine's builder")
         if engine.file not in m.files:
             raise BundleError(f"{MANIFEST}: files does not list {engine.file}")
     for name in m.files:

@@ -14,6 +14,8 @@ def refuse_constant(name: str) -> None:
 
 
 T = TypeVar("T")
+MOST_KEY = 300
+"""Characters of a key; names of files and tensors are shorter."""
 
 
 def parse(kind: type[T], value: Any) -> T:
@@ -38,6 +40,9 @@ def _value(kind: type[T], value: Any, where: str) -> T:
             return typing.cast(T, None)
         return typing.cast(T, _value(args[0], value, where))
     if origin is dict and isinstance(value, dict):
+        for key in value:
+            if not key.isprintable() or len(key) > MOST_KEY:  # keys are parts of messages
+                raise ValueError(f"{where.lstrip('.')} has the unusable key {key!r:.100}")
         return typing.cast(T, {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()})
     if origin is list and isinstance(value, list):
         return typing.cast(T, [_value(args[0], item, where) for item in value])
@@ -58,7 +63,7 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(value) - set(fields)):
-        raise ValueError(f"{where.lstrip('.') or 'the manifest'} has the unknown key {unknown[0]!r}")
+        raise ValueError(f"{where.lstrip('.') or 'the manifest'} has the unknown key {unknown[0]!r:.100}")
     required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(value)):
         raise ValueError(f"{'.'.join([*where.lstrip('.').split('.'), missing[0]]).lstrip('.')} is missing")

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -107,3 +107,17 @@ def table(outcomes: Iterable[Outcome]) -> str:
     """How often which kind of damage ended how."""
     counts = Counter((each.mutation, each.kind) for each in outcomes)
     return "\n".join(f"{mutation:20} {kind:20} {count}" for (mutation, kind), count in sorted(counts.items()))
+
+
+def counted(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the figures of docs/reliability.md: how often which end came, in all and of each kind of damage."""
+    kinds = Counter(each.kind for each in outcomes)
+    mutations: dict[str, Counter[str]] = {}
+    for each in outcomes:
+        mutations.setdefault(each.mutation, Counter())[each.kind] += 1
+    return {
+        "count": len(outcomes),
+        "kinds": dict(kinds.most_common()),
+        "mutations": {mutation: dict(mutations[mutation]) for mutation in sorted(mutations)},
+        "died": kinds["died"] + kinds["hung"],
+    }

@@ -11,6 +11,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from pgfast.image import open_image
+
 
 def scene(width: int = 40, height: int = 30) -> np.ndarray:
     """uint8 [H, W, 3]: smooth, so that lossy formats keep it, and different in every corner."""
@@ -175,3 +177,8 @@ def heif_seeds(image: Image.Image) -> dict[str, bytes]:
     buffer = io.BytesIO()
     pillow_heif.from_pillow(image).save(buffer, quality=90)
     return {"heic": buffer.getvalue()}
+
+
+def opened(data: object) -> np.ndarray:
+    """int [H, W, 3], so that differences have a sign."""
+    return np.asarray(open_image(data)).astype(int)

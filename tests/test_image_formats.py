@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import sys
 import zlib
@@ -13,18 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from picture_files import animation, bmp, chunk, frames, png, saved, scene, seeds, tiff, tiled_tiff, with_orientation
+from picture_files import bmp, chunk, opened, png, saved, scene, seeds, tiff, tiled_tiff, with_orientation
 from PIL import Image
 
 from pgfast.errors import ImageError
 from pgfast.image import open_image
 
 ROOT = Path(__file__).parent.parent
-
-
-def opened(data: object) -> np.ndarray:
-    """int [H, W, 3], so that differences have a sign."""
-    return np.asarray(open_image(data)).astype(int)
 
 
 def on_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -123,11 +117,6 @@ def test_damaged_metadata_is_no_reason_to_refuse_pixels(exif: bytes) -> None:
     np.testing.assert_array_equal(opened(saved(rgb, "JPEG", exif=exif)), opened(saved(rgb, "JPEG")))
 
 
-def test_mpo_is_its_first_picture_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    assert np.abs(opened(animation("MPO", 2)) - [255, 0, 0]).max() <= 2
-    assert not caplog.records
-
-
 def test_color_profiles_are_not_looked_at() -> None:
     from PIL import ImageCms
 
@@ -191,37 +180,6 @@ def test_palette(bits: int, alphas: bytes | None) -> None:
 def test_chunks_behind_the_pixels_change_nothing() -> None:
     behind = chunk(b"acTL", b"\0" * 8) + chunk(b"tEXt", b"a\0b") + chunk(b"acTL", b"\xff" * 8) + chunk(b"oDDs", b"?")
     np.testing.assert_array_equal(opened(png(scene(), 8, 2, behind=behind)), scene())
-
-
-# ---- several frames ----
-
-
-@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "AVIF", "TIFF"])
-@pytest.mark.parametrize("as_file", [True, False])
-def test_the_first_frame_is_used_and_said(format: str, as_file: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = animation(format)
-    (tmp_path / "a.bin").write_bytes(data)
-    found = opened(tmp_path / "a.bin" if as_file else data)
-    assert np.abs(found - [255, 0, 0]).max() <= 6
-    (record,) = caplog.records
-    unit = "pages" if format == "TIFF" else "frames"
-    name = str(tmp_path / "a.bin") if as_file else "the picture"
-    assert record.getMessage() == f"{name} has 3 {unit}: the first one is used"
-    assert record.levelno == logging.WARNING
-    assert record.name.startswith("pgfast.")
-
-
-@pytest.mark.parametrize("name", [name for name in seeds() if "animated" not in name and name not in ("apng", "tiff pages")])
-def test_nothing_is_said_about_one_frame(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    open_image(seeds()[name])
-    assert not caplog.records
-
-
-def test_the_frame_that_a_caller_chose_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    with Image.open(io.BytesIO(animation("GIF"))) as image:
-        image.seek(2)
-        np.testing.assert_array_equal(opened(image)[0, 0], [0, 0, 255])
-    assert not caplog.records
 
 
 def test_gif_with_a_transparent_color() -> None:
@@ -289,14 +247,6 @@ def test_tiles() -> None:
     np.testing.assert_array_equal(opened(tiled_tiff(gray, 32))[..., 0], gray)
     with pytest.raises(ImageError, match="tiles of 32768 x 32768 pixels"):
         open_image(tiled_tiff(gray, 32, width=32768, length=32768))
-
-
-@pytest.mark.parametrize("pages", [1, 2, 40])
-def test_pages_are_counted(pages: int, caplog: pytest.LogCaptureFixture) -> None:
-    open_image(tiff(scene()[..., 0].tobytes(), 40, 30, 8, pages=pages))
-    assert [record.getMessage() for record in caplog.records] == [
-        f"the picture has {pages} pages: the first one is used" for _ in range(pages > 1)
-    ]
 
 
 # ---- the others ----
@@ -375,16 +325,6 @@ def test_orientation_of_heic(number: int) -> None:
     np.testing.assert_array_equal(
         opened(written(with_orientation(number))), UPRIGHT[number](opened(written(with_orientation(1))))
     )
-
-
-def test_several_pictures_in_a_heic(caplog: pytest.LogCaptureFixture) -> None:
-    heif = pytest.importorskip("pillow_heif")
-    several, buffer = heif.HeifFile(), io.BytesIO()
-    for image in frames(3):
-        several.add_from_pillow(image.resize((64, 64)))
-    several.save(buffer, quality=95, primary_index=1)
-    assert np.abs(opened(buffer.getvalue())[32, 32] - [0, 255, 0]).max() <= 6
-    assert [record.getMessage() for record in caplog.records] == ["the picture has 3 pictures: the main one is used"]
 
 
 @pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic", b"msf1\0\0\0\0hevcmsf1"])

@@ -16,7 +16,7 @@ from fake_decoder import FakeDecoder, fake_features
 
 import pgfast
 from pgfast import Engine, GenerateOptions
-from pgfast.runtime.generation import Generation
+from pgfast.runtime.generation import Ending, Generation
 from pgfast.runtime.scheduler import Scheduler, Ticket
 
 PLACES = {"threading.py", "engine.py", "model.py", "scheduler.py", "turns.py"}
@@ -89,7 +89,7 @@ def test_ctrl_c_anywhere_leaves_the_engine_usable(engine: Engine, kind: str) -> 
 
 
 def ask(scheduler: Scheduler, prompt: int) -> Ticket:
-    row = Generation(OPTIONS, max_new_tokens=3, eos_id=-1, stopped=lambda ids: False)
+    row = Generation(OPTIONS, Ending(3, eos_id=-1))
     ticket = scheduler.submit(row, fake_features(0), [prompt])
     ticket.wait()
     return ticket

@@ -51,7 +51,7 @@ def test_a_mask_fills_the_part_of_its_box_that_is_in_the_picture(
     assert (placed.dtype, placed.shape) == (np.bool_, (height, width))
     x0, y0, x1, y1 = box
     values = whole(RANDOM, box)
-    canvas = np.full((400, 400), -1.0)  # around the picture, which begins at 100, 100
+    canvas = np.full((420, 420), -1.0)  # around the picture, which begins at 100, 100
     canvas[100 + y0 : 100 + y1, 100 + x0 : 100 + x1] = values
     wanted = canvas[100 : 100 + height, 100 : 100 + width]
     sure = np.abs(wanted) > 1e-4

@@ -10,7 +10,7 @@ import bundle_mutants
 import mutant_runs
 import pytest
 from bundle_mutants import MUTATIONS, make_mutant
-from mutant_runs import Child, run_mutants, table
+from mutant_runs import Child, counted, run_mutants, table
 
 from pgfast.bundle import Bundle
 from pgfast.errors import BundleError
@@ -100,10 +100,15 @@ def test_weights_come_from_the_bundles_own_files_only(tmp_path: Path, location: 
 
 
 def main() -> None:
-    """Print the outcomes of so many mutants, from a seed on: COUNT [FIRST]."""
+    """Print the outcomes of so many mutants, from a seed on, and write them as the part 'bundles': COUNT FIRST [FILE]."""
     import tempfile
+    import time
 
-    count, first = int(sys.argv[1]), int((*sys.argv, 0)[2])
+    from pgfast.bench.machine import describe
+    from pgfast.bench.reliability import write_part
+
+    count, first = map(int, sys.argv[1:3])
+    machine, start = describe(), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = run_mutants(
             lambda folder, seed: make_mutant(demo_bundle(), folder, seed), range(first, first + count), Path(scratch)
@@ -112,6 +117,8 @@ def main() -> None:
     for each in outcomes:
         if not each.expected or each.kind not in ALLOWED:
             print(each)
+    for file in sys.argv[3:]:
+        write_part(Path(file), "bundles", counted(outcomes) | {"seconds": time.perf_counter() - start}, machine)
 
 
 if __name__ == "__main__":

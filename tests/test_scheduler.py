@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pgfast import GenerateOptions
 from pgfast.errors import OverloadedError, PgfastError, ProviderError
 from pgfast.runtime.beam_search import BeamSearch
-from pgfast.runtime.generation import ChoiceScores, Generation
+from pgfast.runtime.generation import ChoiceScores, Ending, Generation
 from pgfast.runtime.sampling import log_softmax, sample
 from pgfast.runtime.scheduler import Scheduler, Ticket
 
@@ -29,12 +29,12 @@ SIX = GenerateOptions(max_new_tokens=6)
 
 def generation(options: GenerateOptions = SIX, eos: int = EOS) -> Any:
     stop = options.stop
-    return (Generation if options.beams == 1 else BeamSearch)(
-        options,
-        max_new_tokens=options.max_new_tokens or 6,
-        eos_id=eos,
-        stopped=lambda ids: any(text in "".join(map(chr, (97 + token for token in ids))) for text in stop),
-    )
+
+    def stopped(ids: Sequence[int]) -> bool:
+        return any(text in "".join(map(chr, (97 + token for token in ids))) for text in stop)
+
+    ending = Ending(options.max_new_tokens or 6, eos, stopped if stop else None)
+    return (Generation if options.beams == 1 else BeamSearch)(options, ending)
 
 
 def endless() -> Generation:
@@ -335,7 +335,7 @@ def test_a_row_that_raises_fails_alone() -> None:
     def broken(ids: Sequence[int]) -> bool:
         raise ZeroDivisionError
 
-    row = Generation(GenerateOptions(stop=("a",)), max_new_tokens=5, eos_id=EOS, stopped=broken)
+    row = Generation(GenerateOptions(stop=("a",)), Ending(5, EOS, broken))
     good = scheduler.submit(endless(), fake_features(0), [3])
     with pytest.raises(ZeroDivisionError):
         scheduler.submit(row, fake_features(0), [2]).wait()

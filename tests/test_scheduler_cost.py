@@ -11,7 +11,7 @@ from fake_decoder import fake_features
 
 from pgfast import GenerateOptions
 from pgfast.runtime.decoder import Chosen
-from pgfast.runtime.generation import Generation
+from pgfast.runtime.generation import Ending, Generation
 from pgfast.runtime.scheduler import Scheduler
 
 
@@ -42,9 +42,7 @@ def test_the_scheduler_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
         decoder = Instant()
         scheduler = Scheduler(decoder)  # type: ignore[arg-type]
         tickets = [
-            scheduler.submit(
-                Generation(GenerateOptions(), max_new_tokens=steps, eos_id=-1, stopped=lambda ids: False), fake_features(0), [1]
-            )
+            scheduler.submit(Generation(GenerateOptions(), Ending(steps, eos_id=-1)), fake_features(0), [1])
             for _ in range(rows)
         ]
         for ticket in tickets:

@@ -10,7 +10,7 @@ from fake_decoder import FakeDecoder, fake_features
 
 from pgfast import GenerateOptions
 from pgfast.runtime import scheduler as scheduler_module
-from pgfast.runtime.generation import Generation
+from pgfast.runtime.generation import Ending, Generation
 from pgfast.runtime.scheduler import Scheduler
 
 SIX = GenerateOptions(max_new_tokens=6)
@@ -45,10 +45,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, prompt_seconds: float, stall: float) -
     scheduler = Scheduler(decoder, together=4, stall=stall)
     seen: list[int] = []
     scheduler.on_step = seen.append
-    tickets = [
-        scheduler.submit(Generation(SIX, max_new_tokens=6, eos_id=-1, stopped=lambda ids: False), fake_features(0), [2 + i])
-        for i in range(10)
-    ]
+    tickets = [scheduler.submit(Generation(SIX, Ending(6, eos_id=-1)), fake_features(0), [2 + i]) for i in range(10)]
     decoder.go.set()
     for ticket in tickets:
         ticket.wait(20)

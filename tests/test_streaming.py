@@ -14,7 +14,7 @@ from test_token_texts import GEMMA, PIECES, RAW, byte_ids, ids_of
 
 from pgfast import GenerateOptions
 from pgfast.pending import Pending
-from pgfast.runtime.generation import Generation
+from pgfast.runtime.generation import Ending, Generation
 
 EOS = 1
 UNKNOWN = len(PIECES) + 256 + 5
@@ -43,9 +43,8 @@ class Spoken:
 def stream(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Any]:
     """Pieces and the answer."""
     options = GenerateOptions(max_new_tokens=len(ids), stop=stop)
-    row = Generation(
-        options, max_new_tokens=len(ids), eos_id=EOS, stopped=lambda ids: any(text in GEMMA.decode(ids) for text in stop)
-    )
+    stopped = (lambda ids: any(text in GEMMA.decode(ids) for text in stop)) if stop else None
+    row = Generation(options, Ending(len(ids), EOS, stopped))
     pending = Pending(row, Spoken(row, ids), GEMMA, options, None, 0.0, 0.0, 0.0, None)  # type: ignore[arg-type]
     pieces = list(pending.pieces())
     return pieces, pending.result()

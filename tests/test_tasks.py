@@ -100,7 +100,7 @@ def test_a_video_is_its_frames(demo: Engine, tmp_path: Path, capsys: pytest.Capt
     assert called("answer", clip, "what color is the shape?", "--provider", "cpu") == 0
     assert capsys.readouterr().out == f"{demo.answer(read_frames(clip, min(8, most)), 'what color is the shape?').text}\n"
     for words, message in (
-        (("caption", clip, "--frames", most + 1), f"this bundle takes at most {most} pictures"),
+        (("caption", clip, "--frames", most + 1), f"takes at most {most} picture{'s' * (most > 1)} ("),
         (("caption", clip, BLUE), "a video is given alone"),
         (("caption", "--frames", "0", clip), "number of frames is 0"),
         (("caption", "--frames", "1", BLUE), "cannot be read as a video"),

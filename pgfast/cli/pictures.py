@@ -46,7 +46,9 @@ def read_pictures(images: tuple[str, ...], frames: int | None, engine: Engine) -
             raise InputError("a video is given alone, by its path")
         most = engine.manifest.limits.images
         if frames is not None and frames > most:
-            raise InputError(f"--frames {frames}: this bundle takes at most {most} pictures (pgfast export --max-images)")
+            raise InputError(
+                f"--frames {frames}: this bundle takes at most {most} picture{'s' * (most > 1)} (pgfast export --max-images)"
+            )
         return read_frames(images[0], min(USUAL_FRAMES, most) if frames is None else frames)
     if images.count("-") > 1:
         raise InputError("- can be given once: stdin holds one picture")

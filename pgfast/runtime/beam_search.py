@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pgfast.types import GenerateOptions
 
-from .generation import Position, StopCheck
+from .generation import Ending, Position
 from .sampling import log_softmax, penalise
 
 
@@ -38,32 +38,21 @@ class BeamSearch:
     running one, scored at its present length, is not better than the worst of them.
 
     Args:
-        options: Beams, both penalties and stop texts.
-        max_new_tokens: Upper bound.
-        eos_id: The end token.
-        stopped: Asked about each candidate when there are stop texts.
-        context: Ids in front of the first token; the repetition penalty counts them.
+        options: Beams and both penalties.
+        ending: When a beam is complete.
+        context: As `Generation`'s.
     """
 
     ahead = 0
 
-    def __init__(
-        self,
-        options: GenerateOptions,
-        *,
-        max_new_tokens: int,
-        eos_id: int,
-        stopped: StopCheck,
-        context: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, options: GenerateOptions, ending: Ending, context: Sequence[int] = ()) -> None:
         self.width = options.beams
         self.token_ids: list[int] = []
         self.token_logprobs: list[float] = []
         self.finish_reason: str | None = None
         self.score = float("-inf")
         """Of the answer, when it is there."""
-        self._options, self._max_new_tokens, self._eos_id, self._stopped = options, max_new_tokens, eos_id, stopped
-        self._context = list(context)
+        self._options, self._ending, self._context = options, ending, list(context)
         self._running = {0: _Beam(0.0, (), (), 0)}  # by place
         self._begun = {0}  # places that hold the prompt
         self._complete: list[tuple[float, _Beam, str]] = []  # score and reason; best first
@@ -71,7 +60,7 @@ class BeamSearch:
     def advance(self, token: int, logprob: float, position: Position) -> list[int] | None:
         """Choose the next beams (see `Row`): each goes on in its parent's place, or in one whose beam has no children."""
         candidates = self._candidates(position)
-        reasons = [self._reason(beam.ids) for beam in candidates]
+        reasons = [self._ending.reason(beam.ids) for beam in candidates]
         divisor = len(candidates[0].ids) ** self._options.length_penalty
         # only the best ones may be complete: the rest is there to go on in their stead
         for beam, reason in list(zip(candidates, reasons, strict=True))[: self.width]:
@@ -85,7 +74,7 @@ class BeamSearch:
             self.token_ids, self.token_logprobs = list(best.ids), list(best.logprobs)
             return None
         self._settle(following, position)
-        return [self._running[place].ids[-1] if place in self._running else self._eos_id for place in range(self.width)]
+        return [self._running[place].ids[-1] if place in self._running else self._ending.eos_id for place in range(self.width)]
 
     def _candidates(self, position: Position) -> list[_Beam]:
         """Return the best continuations of all beams by one token, twice as many as there are places, best first."""
@@ -99,11 +88,6 @@ class BeamSearch:
                 _Beam(float(totals[id]), (*beam.ids, id), (*beam.logprobs, float(logprobs[id])), place) for id in best.tolist()
             ]
         return sorted(found, key=lambda beam: -beam.total)[:most]
-
-    def _reason(self, ids: tuple[int, ...]) -> str | None:
-        if ids[-1] == self._eos_id or (self._options.stop and self._stopped(ids)):
-            return "stop"
-        return "length" if len(ids) == self._max_new_tokens else None
 
     def _settle(self, beams: list[_Beam], position: Position) -> None:
         """Give each beam a place; what is copied is never read from a place that was written just now."""

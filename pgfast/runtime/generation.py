@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -59,33 +60,39 @@ class Row(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """When an answer is complete."""
+
+    max_new_tokens: int
+    eos_id: int
+    """The end token."""
+    stopped: StopCheck | None = None
+    """Asked after each token, if there are stop texts."""
+
+    def reason(self, ids: Sequence[int]) -> str | None:
+        """Return why these ids are the whole answer, `stop` or `length`, or None."""
+        if ids[-1] == self.eos_id or (self.stopped is not None and self.stopped(ids)):
+            return "stop"
+        return "length" if len(ids) == self.max_new_tokens else None
+
+
 class Generation:
-    """Greedy or sampled tokens, up to the end token, a stop text or a number.
+    """Greedy or sampled tokens, one after the other.
 
     Args:
-        options: Sampling, penalty and stop texts.
-        max_new_tokens: Upper bound.
-        eos_id: The end token.
-        stopped: Asked after each token when there are stop texts.
+        options: Sampling and penalty.
+        ending: When it is complete.
         context: Ids in front of the first token, that of the image positions included; the repetition penalty counts them.
     """
 
     width = 1
 
-    def __init__(
-        self,
-        options: GenerateOptions,
-        *,
-        max_new_tokens: int,
-        eos_id: int,
-        stopped: StopCheck,
-        context: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, options: GenerateOptions, ending: Ending, context: Sequence[int] = ()) -> None:
         self.token_ids: list[int] = []
         self.token_logprobs: list[float] = []
         self.finish_reason: str | None = None
-        self._options, self._max_new_tokens, self._eos_id, self._stopped = options, max_new_tokens, eos_id, stopped
-        self._context = list(context)
+        self._options, self._ending, self._context = options, ending, list(context)
         # a generator per row: the same seed gives the same text in any company
         self._rng = np.random.default_rng(options.seed) if options.temperature > 0 else None
 
@@ -94,7 +101,7 @@ class Generation:
         """To the limit when greedy (see `Row`); with stop texts only 1, because any token may be the last."""
         if self._rng is not None or self._options.repetition_penalty != 1:
             return 0
-        return 1 if self._options.stop else self._max_new_tokens - len(self.token_ids)
+        return 1 if self._ending.stopped else self._ending.max_new_tokens - len(self.token_ids)
 
     def advance(self, token: int, logprob: float, position: Position) -> int | None:
         """Choose and record a token (see `Row`)."""
@@ -108,10 +115,7 @@ class Generation:
             logprob = float(log_softmax(logits)[token])
         self.token_ids.append(token)
         self.token_logprobs.append(logprob)
-        if token == self._eos_id or (o.stop and self._stopped(self.token_ids)):
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self._max_new_tokens:
-            self.finish_reason = "length"
+        self.finish_reason = self._ending.reason(self.token_ids)
         return token if self.finish_reason is None else None
 
 

@@ -113,21 +113,23 @@ def write_report(evaluation: Evaluation, out: Path, *, worst: int = 100) -> None
 
 @contextmanager
 def _appears_whole(out: Path) -> Iterator[Path]:
-    partial = None
+    private = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        # private until it is whole; the folder inside has the rights of any new folder
+        private = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        partial = private / out.name
+        partial.mkdir()
         yield partial
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        partial.chmod(0o755)
         partial.rename(out)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        if private is not None:
+            shutil.rmtree(private, ignore_errors=True)
 
 
 def _write_results(evaluation: Evaluation, path: Path) -> None:
