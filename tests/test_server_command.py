@@ -155,13 +155,13 @@ def test_keys_origins_and_a_log_of_one_line(tmp_path: Path) -> None:
 
 
 def test_a_traceback_cannot_pass_for_other_lines_of_the_log() -> None:
-    from pgfast.server.cli import _OneLine
+    from pgfast.cli.logs import OneLine
 
     try:
         raise ValueError("x\n2026-01-01 pgfast ERROR: forged \x1b[31m")
     except ValueError:
         record = logging.LogRecord("pgfast", logging.ERROR, "", 0, "a\nbug", None, sys.exc_info())
-    first, *others = _OneLine("%(asctime)s pgfast %(levelname)s: %(message)s").format(record).splitlines()
+    first, *others = OneLine("%(asctime)s pgfast %(levelname)s: %(message)s").format(record).splitlines()
     assert first.endswith("pgfast ERROR: a bug")
     assert any("forged" in line for line in others)
     assert all(line.startswith("    ") and "\x1b" not in line for line in others)

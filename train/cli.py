@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,6 @@ def train(preset: str, out: Path | None, dry_run: bool, **values: Any) -> None:
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "train") from error
     processes = distributed.join()
-    logging.basicConfig(stream=sys.stderr, format="pgfast: %(message)s", level=logging.WARNING)
     with ProgressBars(processes.is_main) as on_progress:
         if dry_run:
             text = rehearsal.rehearse(config, out, processes, on_progress)

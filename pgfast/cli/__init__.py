@@ -63,6 +63,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 fine, 1 a check failed, 2 something the user can mend, 130 interrupted."""
+    from .logs import name_the_program
+
+    name_the_program()
     try:
         result = cli.main(args, prog_name="pgfast", standalone_mode=False)
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from pgfast.cli import printable
+from pgfast.cli.logs import OneLine
 from pgfast.errors import InputError, MissingDependencyError
 from pgfast.scale.cluster import Cluster, ray_options
 
@@ -104,19 +104,9 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**22)
 
 
-class _OneLine(logging.Formatter):
-    """Messages may hold what strangers sent: one line each, nothing that a terminal obeys; a bug keeps its traceback."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))[:500]
-
-    def formatException(self, ei: Any) -> str:
-        return "\n".join("    " + printable(line)[:500] for line in super().formatException(ei).splitlines())
-
-
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s pgfast %(levelname)s: %(message)s"))
+    handler.setFormatter(OneLine("%(asctime)s pgfast %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("pgfast.server.remote_pictures").setLevel(logging.INFO)  # why a URL was refused: clients are not told
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told
