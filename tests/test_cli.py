@@ -101,7 +101,8 @@ def test_warnings_of_the_library_begin_with_the_programs_name() -> None:
     done = run("answer", str(PICTURE), "is it a zebra\x1b[31m?")
     assert done.returncode == 0
     lines = [line for line in done.stderr.decode().splitlines() if "no words" in line]
-    assert lines and all(line.startswith("pgfast: the model has no words for: ") and line.isprintable() for line in lines)
+    assert lines
+    assert all(line.startswith("pgfast: the model has no words for: ") and line.isprintable() for line in lines)
 
 
 def test_bad_bundles_and_providers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

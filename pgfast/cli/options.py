@@ -61,7 +61,7 @@ def load_engine(model: str | None, provider: str, threads: int | None, *, spin: 
     engine = pgfast.load(model, provider=provider, threads=threads, spin=spin)
     what = printable(engine.manifest.source.checkpoint)
     if model is None:
-        what = "the embedded demo model (it knows one-shape pictures only; -m BUNDLE for your own)"
+        what = "the embedded demo model (it knows pictures of coloured shapes only; -m BUNDLE for your own)"
     print(f"pgfast: {what}, on {engine.provider}", file=sys.stderr)
     return engine
 
