@@ -87,7 +87,7 @@ def test_bad_pictures(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         ("", "empty"),
         ("   ", "empty"),
-        ("shape " * 300, "at most 96"),
+        ("shape " * 300, "at most 128"),
         ("is <image> red?", "<image>"),
         ("is <loc0001> red?", "<loc0001>"),
         ("red <eos>", "<eos>"),
@@ -165,8 +165,8 @@ def test_export_inspect_and_answer(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_inspect_reckons_the_memory_of_a_batch() -> None:
-    """Cache of 4 layers, 1 head of 32, 256 slots; 64 image tokens of 128; 1,280 logits; all in fp32."""
-    row = 2 * 4 * 1 * 256 * 32 * 4 + 64 * 128 * 4 + 1280 * 4
+    """Cache of 4 layers, 1 head of 32, 768 slots; 64 image tokens of 128; 1,280 logits; all in fp32."""
+    row = 2 * 4 * 1 * 768 * 32 * 4 + 64 * 128 * 4 + 1280 * 4
     found = json.loads(run("inspect", "--json", "--batch", "3").stdout)["memory"]
     assert found["per_row"] == row
     assert found["total"] == found["weights"] + 3 * row

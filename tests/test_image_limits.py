@@ -161,5 +161,5 @@ def test_the_command_says_that_there_are_more_frames(tmp_path: Path) -> None:
     (tmp_path / "a.gif").write_bytes(seeds()["gif animated"])
     args = [sys.executable, "-m", "pgfast", "answer", tmp_path / "a.gif", "what color is the shape?", "--provider", "cpu"]
     done = subprocess.run(args, capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1] == f"{tmp_path}/a.gif has 3 frames: the first one is used"
+    assert done.stderr.splitlines()[-1] == f"pgfast: {tmp_path}/a.gif has 3 frames: the first one is used"
     assert len(done.stdout.splitlines()) == 1

@@ -172,7 +172,7 @@ def test_a_stream_s_errors_before_the_first_piece_have_a_status(server: Running)
         ({"question": "<image>"}, "prompt_error", "the text contains <image>"),
         ({"question": "a" * 3_000_000}, "prompt_error", "a text has 3,000,000 characters"),
         ({"question": "what " * 500}, "prompt_error", "the text has 504 tokens"),
-        ({"choices": ["a", "b" * 7000]}, "prompt_error", "a text has 7,000 characters"),
+        ({"choices": ["a", "b" * 9000]}, "prompt_error", "a text has 9,000 characters"),
         ({"choices": ["a"] * 2001}, "invalid_request", "the JSON has more than 2,000 items"),
         ({"choices": []}, "input_error", "choices is empty"),
         ({"choices": ["a"] * 257}, "invalid_request", "choices: List should have at most 256 items"),

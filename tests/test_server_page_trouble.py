@@ -32,7 +32,7 @@ def test_what_the_server_refuses_is_one_clear_line(page: Page, real: str) -> Non
     ask(page, "why " * 200)
     page.until("document.querySelector('.entry[data-state=failed]')")
     line = text(page, ".trouble")
-    assert "tokens: this model takes at most 96" in line
+    assert "tokens: this model takes at most 128" in line
     assert "\n" not in line
     page.problems.clear()  # Chromium logs every 400
 
