@@ -53,7 +53,7 @@ def test_those_in_flight_get_the_error_and_the_next_ones_an_answer(
     decoder: Any = demo._model.decoder
     run, starving = decoder._run, False
     monkeypatch.setattr(decoder, "_run", lambda session, binding: run(Starved(said) if starving else session, binding))
-    long = GenerateOptions(max_new_tokens=60, temperature=5.0, seed=1)
+    long = GenerateOptions(max_new_tokens=60, temperature=100.0, seed=1)
     streams = [demo.stream(image, "what", options=dataclasses.replace(long, seed=seed)) for seed in range(3)]
     for stream in streams:
         next(stream)
