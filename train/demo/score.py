@@ -20,7 +20,7 @@ from pgfast.types import Detection
 
 from . import easy_vqa_data
 from .scene_questions import Asked, is_called, questions
-from .scenes import Scene, Thing, make_scene
+from .scenes import Thing, make_scene
 
 SEED = 1
 """Of the scenes; those of training have 0, those of the tower a million and more."""
@@ -106,11 +106,6 @@ def _said(engine: Engine, picture: Any, asked: Asked) -> str:
     if asked.is_prompt:
         return engine.generate(picture, asked.text).text
     return engine.answer(picture, asked.text).text
-
-
-def shown(scene: Scene) -> str:
-    """Say what a scene holds, to look at."""
-    return ", ".join(f"{thing.name} {thing.box}" for thing in scene.things)
 
 
 if __name__ == "__main__":
