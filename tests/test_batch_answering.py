@@ -229,7 +229,7 @@ def test_leaving_early_ends_the_work(engine: Engine, pictures: list[str]) -> Non
     assert left_behind() == []
     figures = engine.load_figures()
     assert (figures.waiting, figures.running) in {(0, running) for running in range(figures.slots + 1)}
-    assert engine.answer(pictures[0], "red?").text
+    assert engine.answer(pictures[0], "what color is the shape?").text
 
 
 def test_what_is_no_file_is_an_error_row(engine: Engine, pictures: list[str], tmp_path: Path) -> None:
