@@ -75,7 +75,7 @@ _TINY = {
     "augment": "move-shapes",
     "tower_steps": 5000,
     "tower_batch": 64,
-    "max_steps": 12000,
+    "max_steps": 8000,
     "batch_size": 96,
     "accumulation": 1,
     "learning_rate": 2e-3,
