@@ -14,9 +14,9 @@ from .scene_questions import COUNT
 
 SCENE_SHARE = 0.625
 """Of a step's pictures."""
-WEIGHTS = {"caption": 4.0, "detect present": 2.0, "detect absent": 0.6, "count": 0.6}
+WEIGHTS = {"caption": 4.0, "detect present": 4.0, "detect absent": 0.6, "count": 0.6}
 """Of a question about a scene, by its kind; others have 1. A scene has one caption and about three detections."""
-CROWDED_FROM = (0.0, 0.06, 0.15, 0.25)
+CROWDED_FROM = (0.0, 0.03, 0.08, 0.14)
 """Share of the run from which scenes of one, two, three and four things are drawn: what it means to say a box comes first."""
 DRAW = 9
 """First word of the seeds of these draws."""
