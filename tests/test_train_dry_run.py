@@ -167,5 +167,5 @@ def test_the_demo_recipe_is_rehearsed_without_a_base(
     monkeypatch.setattr(easy_vqa, "get_train_questions", lambda: tuple(map(list, zip(*few, strict=True))))
     words = ("--preset", "tiny", "--threads", "1", "--tower-batch", "4", "--dry-run")
     out, _ = command(capsys, *words, "--out", str(tmp_path / "run"))
-    assert "6,000 steps of 96 rows" in out
+    assert "8,000 steps of 96 rows" in out
     assert list(tmp_path.iterdir()) == []
