@@ -15,6 +15,7 @@ from pgfast.bench import accuracy
 from pgfast.export.build import export
 from pgfast.export.plan import ExportOptions
 from pgfast.train.demo import easy_vqa_data
+from pgfast.train.demo.score import score_scenes
 from pgfast.train.demo.tiny_paligemma import IMAGE_SPEC
 from PIL import Image, ImageDraw
 
@@ -79,6 +80,16 @@ def test_every_answer_on_the_test_split_equals_transformers(
     assert len(ours) == 9673
     assert different == 0
     assert right >= 0.995
+
+
+def test_captions_and_boxes_of_new_scenes_are_right(demo: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    """The targets of the demo model, on part of the scenes of docs/tasks.md's figures."""
+    found = score_scenes(demo, 150)
+    with capsys.disabled():
+        print(f"\n150 scenes: captions {found['exact captions']:.1%}, mean IoU {found['mean IoU']:.3f}, F1 {found['F1']:.3f}")
+    assert found["exact captions"] >= 0.9
+    assert found["mean IoU"] >= 0.7
+    assert found["F1"] >= 0.9
 
 
 @pytest.mark.parametrize(("precision", "allowed_loss"), [("fp16", 0.0005), ("int8", 0.002), ("int4", 0.01)])
