@@ -162,7 +162,7 @@ def noisy() -> Memory:
     """easy-VQA under noise: the demo model is wrong at times, and too sure."""
     easy, rng = easy_slice(), np.random.default_rng(1)
     shown = {
-        name: np.clip(image + rng.normal(0, 100, image.shape), 0, 255).astype(np.uint8) for name, image in easy.pictures.items()
+        name: np.clip(image + rng.normal(0, 40, image.shape), 0, 255).astype(np.uint8) for name, image in easy.pictures.items()
     }
     return Memory(easy.records, shown, "noise")
 
