@@ -21,7 +21,7 @@ ROWS = re.findall(r"^\| [^|]* \| `(pgfast [^`]*)` \| ([^|]*) \|$", DOCUMENT, re.
 
 
 def test_the_table_has_every_task_that_the_demo_model_knows() -> None:
-    assert {shlex.split(command)[1] for command, _ in ROWS} == {"answer", "caption", "detect"}
+    assert {shlex.split(command)[1] for command, _ in ROWS} == {"answer", "caption", "detect", "segment"}
     assert len(ROWS) >= 8
     for picture in re.findall(r'src="([^"]+)"', DOCUMENT):
         assert (ROOT / "docs" / picture).is_file()
